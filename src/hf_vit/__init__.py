@@ -1,0 +1,1 @@
+"""hf-vit: the original Vision Transformer as a first-class Hugging Face model."""

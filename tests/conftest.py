@@ -1,0 +1,8 @@
+"""What every test needs: no network, two cores, and the goldens computed by the JAX reference."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
