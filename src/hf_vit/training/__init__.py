@@ -1,0 +1,1 @@
+"""Fine-tuning and training: recipes, data, augmentation, metrics, optimizers and the loop."""
