@@ -1,7 +1,7 @@
 """The reference's optimizer, clipping and learning-rate schedule, and the parameter groups of fine-tuning.
 
-One optimizer step of the reference, `chain(clip_by_global_norm(1), sgd(schedule, momentum=0.9, accumulator_dtype="bfloat16"))`
-in optax's words, is
+One optimizer step of the reference (`vit_jax/train.py`: clip by global norm 1, then SGD with momentum 0.9 kept in
+bfloat16) is
 
     clip_by_global_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -83,9 +83,9 @@ class MomentumSGD(torch.optim.Optimizer):
 
     m = g + momentum * m_stored in the gradient's precision; the parameter moves by -lr * m, and m is stored in
     `accumulator_dtype`. So a bfloat16 accumulator halves the memory of the state while the update keeps float32.
-    Not Nesterov, no dampening, no weight decay. In JAX the momentum takes the accumulator's dtype before it multiplies,
-    so that 0.9 with a bfloat16 accumulator is 0.8984375: logits after six steps then differ by 3e-7 from the
-    reference's, by 2e-3 with 0.9.
+    Not Nesterov, no dampening, no weight decay. In JAX the momentum takes the accumulator's dtype before it
+    multiplies, so that 0.9 with a bfloat16 accumulator is 0.8984375: logits after six steps then differ by 3e-7 from
+    the reference's, by 2e-3 with 0.9.
 
     Args:
         accumulator_dtype: dtype in which the momentum is kept between steps; None keeps the parameter's own.
