@@ -1,1 +1,1 @@
-"""Fine-tuning and training: recipes, data, augmentation, metrics, optimizers and the loop."""
+"""Training as the papers did it: data, augmentation, metrics, recipes, the trainer; imported module by module."""
