@@ -125,8 +125,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "big_vision": dataclasses.replace(
             _PAPER,
             summary="big_vision's transfer: as the paper, a learning rate for each dataset",
-            source="big_vision/configs/transfer.py at 0127fb6 (best settings, 5 runs). Its CIFAR crops are 384 pixels of "
-            "448, always 73 % of the area; here 73 to 100 %",
+            source="big_vision/configs/transfer.py at 0127fb6 (best settings, 5 runs). Its CIFAR crops are 384 of "
+            "448 pixels, always 73 % of the area; here 73 to 100 %",
             expected="AugReg B/32: ImageNet 83.27, CIFAR-10 98.55, CIFAR-100 91.35, Pets 93.78, Flowers 99.43",
             learning_rate=0.01,
             momentum_dtype="float32",
