@@ -70,6 +70,8 @@ class HfViTTrainingArguments(TrainingArguments):
         if self.dataloader_timeout < 0:
             raise ValueError(f"dataloader_timeout is {self.dataloader_timeout}, expected seconds, or 0 for ever")
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns
         if self.total_batch_size is not None:
             self._accumulate(self.total_batch_size)
 

@@ -194,7 +194,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     decay_all_parameters: bool = False,
 ) -> list[dict]:
-    """Returns optimizer groups of the trainable parameters, one per (depth, decayed or not), lowest depth first.
+    """Returns optimizer groups of the trainable parameters, one per (depth, decayed or not); the head's come first.
 
     Args:
         layer_decay: each layer learns at this fraction of the rate of the layer above; 1.0 turns it off. The rate of
@@ -215,7 +215,7 @@ def parameter_groups(
         decayed = decay_all_parameters or takes_weight_decay(name, parameter)
         scale = layer_decay ** (num_layers + 1 - depth)
         group = {"params": [], "lr": lr * scale, "weight_decay": weight_decay if decayed else 0.0}
-        groups.setdefault((depth, not decayed), group)["params"].append(parameter)
+        groups.setdefault((-depth, not decayed), group)["params"].append(parameter)
     if not groups:
         raise ValueError("no parameter of the model is trainable: nothing to optimize")
     return [groups[key] for key in sorted(groups)]
