@@ -122,7 +122,9 @@ def find_bad_images(dataset: Dataset, *, num_workers: int | None = None) -> dict
     found: dict[int, str] = {}
     with (
         ThreadPoolExecutor(num_workers or default_num_workers()) as pool,
-        tqdm(total=len(dataset), desc="checking pictures", unit="picture", disable=rank != 0, leave=False) as progress,
+        tqdm(
+            total=len(dataset), desc="checking pictures", unit="picture", disable=rank != 0, leave=False, delay=1
+        ) as progress,
     ):
         for start in starts:
             cells = _column(dataset.select(range(start, min(start + SCAN_CHUNK, len(dataset)))), "image")
