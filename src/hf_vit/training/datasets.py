@@ -383,7 +383,7 @@ def _streams(parts: dict[str, Any], dataset: str, bad_images: str) -> IterableDa
             raise ValueError(
                 f"{dataset}: labels of {name} are {_type_name(part.features['label'])}; a stream needs class names"
             )
-    if "test" not in parts:
+    if "test" not in parts:  # of a Hub dataset: a local one has been split
         raise ValueError(f"{dataset} has no held-out part, and a stream cannot be split: load it with streaming=False")
     streams: dict[Any, IterableDataset] = {}
     for name, part in parts.items():
@@ -426,4 +426,4 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 
 def _type_name(feature: Any) -> str:
-    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
