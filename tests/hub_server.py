@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -219,6 +220,22 @@ class HubServer:
             "NO_PROXY": "*",
         }
         return inherited | settings | ({"HF_TOKEN": token} if token else {})
+
+    def attach(self, monkeypatch: Any, cache: Path) -> None:
+        """Let this process's client take the server for the Hub, until the pytest `monkeypatch` is undone."""
+        settings = {
+            "ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(cache),
+        }
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in settings.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        impatient = SimpleNamespace(sleep=lambda seconds: None)  # between the client's retries
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", impatient)
+        monkeypatch.setenv("NO_PROXY", "*")
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:

@@ -4,7 +4,6 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -36,14 +35,8 @@ STORAGE = "/storage/"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A server, and this process's client allowed to reach it."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    impatient = SimpleNamespace(sleep=lambda seconds: None)  # between the client's retries
-    monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
-    monkeypatch.setattr("huggingface_hub.file_download.time", impatient)
-    monkeypatch.setenv("NO_PROXY", "*")
     with HubServer() as server:
+        server.attach(monkeypatch, tmp_path / "cache")
         server.add_user("me", token="hf_me")
         server.add_user("you", token="hf_you")
         server.add_user("me", token="hf_read", can_write=False)
