@@ -176,7 +176,7 @@ def _write_eval_results(folder: Path, results: Sequence[EvalResult]) -> None:
     for dataset, entries in by_dataset.items():
         path = folder / ".eval_results" / f"{dataset.replace('/', '-')}.yaml"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml_dump(eval_result_entries_to_yaml(entries)), encoding="utf-8")
+        path.write_text(yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
 
 
 def _papers(source: str, head: str) -> list[str]:
@@ -316,10 +316,7 @@ def _processor_of(model: PreTrainedModel) -> Any:
     try:
         found = HfViTImageProcessor.from_pretrained(model.name_or_path)
     except (OSError, ValueError):
-        logger.warning(
-            "no image processor was given and none found with the model: writing the protocol %s; pass processor= for another",
-            protocol,
-        )
+        logger.warning("found no image processor: writing protocol %s; pass processor= for another", protocol)
         return HfViTImageProcessor.for_model(model.config, protocol=protocol)
     size = model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
