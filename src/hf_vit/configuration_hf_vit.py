@@ -1,0 +1,266 @@
+"""The configuration of a Vision Transformer, and the named models of the papers as deltas of one default."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# Each preset is what differs from ViT-B/16 at 224 pixels, the defaults of `HfViTConfig`.
+# Source: vit_jax/configs/models.py (c6de1e5); `representation_size` is None in every one of them.
+_TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+_SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_HUGE = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
+_DROPOUT = {"hidden_dropout_prob": 0.1}
+_GAP = {"pooling": "gap", "use_cls_token": False}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ViT-Ti_16": {**_TINY},
+    "ViT-S_16": {**_SMALL},
+    "ViT-S_32": {**_SMALL, "patch_size": 32},
+    "ViT-B_8": {"patch_size": 8},
+    "ViT-B_16": {},
+    "ViT-B_32": {"patch_size": 32},
+    "ViT-L_16": {**_LARGE, **_DROPOUT},
+    "ViT-L_32": {**_LARGE, "patch_size": 32},
+    "ViT-H_14": {**_HUGE, **_DROPOUT, "patch_size": 14},
+    "ViT-S_16-gap-norep": {**_SMALL, **_GAP},
+    "ViT-S_32-gap-norep": {**_SMALL, **_GAP, "patch_size": 32},
+    "ViT-B_16-gap-norep": {**_GAP},
+    "ViT-B_32-gap-norep": {**_GAP, "patch_size": 32},
+    # The hybrids: `patch_size` counts pixels of the stem's output. R+ViT-Ti_16 sees one token per 32 pixels.
+    "R+ViT-Ti_16": {**_TINY, "patch_size": 8, "resnet_layers": []},
+    "R26+ViT-S_32": {**_SMALL, "patch_size": 1, "resnet_layers": [2, 2, 2, 2]},
+    "R26+ViT-B_32": {"patch_size": 1, "resnet_layers": [2, 2, 2, 2]},
+    "R50+ViT-B_16": {**_DROPOUT, "patch_size": 1, "resnet_layers": [3, 4, 9]},
+    "R50+ViT-L_32": {**_LARGE, **_DROPOUT, "patch_size": 1, "resnet_layers": [3, 4, 6, 3]},
+}
+
+POOLINGS = ("token", "gap", "map", "none")
+POSITION_EMBEDDING_TYPES = ("learned", "sincos2d")
+POSITION_RESAMPLINGS = ("jax", "jax_corrected", "big_vision", "bicubic", "bicubic_antialias")
+
+_MAX_LAYERS, _MAX_WIDTH, _MAX_TOKENS, _MAX_PARAMETERS = 1_000, 131_072, 2**20, 10**11
+
+
+@strict
+class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Everything that the shapes of a checkpoint cannot tell, decided once.
+
+    The defaults are ViT-B/16 at 224 pixels. Letters in brackets are the paper's.
+
+    Args:
+        hidden_size: Width of every token (D).
+        num_hidden_layers: Number of blocks (L).
+        num_attention_heads: Number of heads (k); must divide `hidden_size`.
+        intermediate_size: Width inside the MLP of a block.
+        hidden_act: Activation of the MLP. The reference uses the tanh approximation of GELU; the exact one
+            (`"gelu"`, as in transformers and timm) differs by up to 5e-4 an element.
+        hidden_dropout_prob: Dropout after the position embeddings, the attention output, the activation and the MLP.
+        attention_probs_dropout_prob: Dropout on the attention probabilities; 0 in every published model.
+        drop_path_rate: Stochastic depth of the last block; earlier blocks get a linear share of it.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        initializer_range: Standard deviation of the position embeddings at initialisation.
+        image_size: Pixels, one number or (height, width). Decides the grid of the position embeddings.
+        patch_size: Pixels (of the stem's output, if there is a stem), one number or (height, width) (P).
+        num_channels: Channels of the picture.
+        qkv_bias: Whether query, key and value have a bias.
+        pooling: What the head sees: `"token"` (the first token), `"gap"` (mean over tokens after the last norm),
+            `"map"` (attention pooling of big_vision), `"none"` (every token).
+        use_cls_token: Whether a class token is put first. `pooling="token"` without one takes the first patch,
+            big_vision's pool type `0`.
+        position_embedding_type: `"learned"` or the fixed `"sincos2d"`.
+        position_resampling: How the learned table is resized to another grid: `"jax"` (as the reference, its
+            edge case included), `"jax_corrected"` (without it), `"big_vision"`, `"bicubic"` (transformers) or
+            `"bicubic_antialias"` (timm).
+        representation_size: Width of the layer called `pre_logits` (a linear layer and tanh); None if there is none.
+        resnet_layers: Units in each stage of the ResNet stem; None without a stem, `[]` for its root alone.
+        resnet_width_factor: Width of the stem, in 64ths of the channels of its root.
+        resnet_norm_eps: Epsilon of the stem's GroupNorm.
+        resnet_conv_eps: Epsilon of the stem's weight standardisation.
+        resnet_conv_eps_in_root: Whether that epsilon is added to the variance (timm) or to the deviation (reference).
+        zero_init_head: Whether a new classifier starts at zero, as the reference's does.
+        apply_layernorm: Whether a backbone puts its feature maps through the last norm.
+        reshape_hidden_states: Whether a backbone gives maps (D, h, w) instead of tokens.
+        checkpoint_layout: What the original checkpoint looked like (dialect, prefix, stacking, dtype), written when
+            one is read, so that the way back gives the same file; None for a model born here.
+
+    Raises:
+        ValueError: if a field, or two together, describe no model.
+
+    Source: vit_jax/models_vit.py, VisionTransformer (c6de1e5); big_vision/models/vit.py, _Model (0127fb6).
+    """
+
+    model_type: ClassVar[str] = "hf_vit"
+    # Tensor parallelism shards heads and the MLP; what pools and classifies stays whole.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "encoder.layer.*.attn.query": "colwise",
+        "encoder.layer.*.attn.key": "colwise",
+        "encoder.layer.*.attn.value": "colwise",
+        "encoder.layer.*.attn.out": "rowwise",
+        "encoder.layer.*.ffn.fc1": "colwise",
+        "encoder.layer.*.ffn.fc2": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {
+        "embeddings": "free_full_weight",
+        "encoder.layer.*": "free_full_weight",
+        "encoder.encoder_norm": "keep_full_weight",
+    }
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    pooling: str = "token"
+    use_cls_token: bool = True
+    position_embedding_type: str = "learned"
+    position_resampling: str = "jax"
+    representation_size: int | None = None
+    resnet_layers: list[int] | tuple[int, ...] | None = None
+    resnet_width_factor: float | int = 1
+    resnet_norm_eps: float = 1e-6
+    resnet_conv_eps: float = 1e-5
+    resnet_conv_eps_in_root: bool = False
+    zero_init_head: bool = True
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    checkpoint_layout: dict[str, Any] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        self.validate_architecture()  # before the stage names count the layers
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "HfViTConfig":
+        """Return the configuration of a model of the papers, such as `"ViT-B_16"` or `"R50+ViT-L_32"`.
+
+        Raises:
+            ValueError: if `name` is not in `PRESETS`.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset is called {name!r}; expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the picture per pixel of the stem's output: 1 without a stem, 4 for a root, x2 a later stage."""
+        return stem_stride(self.resnet_layers)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) in patches of a picture of `image_size`."""
+        return self.grid_of(_pair(self.image_size))
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) in patches of a picture of (height, width) pixels.
+
+        The stem rounds up at each of its steps (SAME padding); the patches drop what remains (VALID).
+        """
+        patch = _pair(self.patch_size)
+        return tuple(-(-size // self.stem_stride) // p for size, p in zip(image_size, patch, strict=True))
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: 1 with a class token, else 0."""
+        return int(self.use_cls_token)
+
+    def validate_architecture(self) -> None:
+        """Refuse, before anything is allocated, what no model can be."""
+        self._validate_sizes()
+        self._validate_rates()
+        _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
+        _one_of("position_resampling", self.position_resampling, POSITION_RESAMPLINGS)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.position_embedding_type == "sincos2d" and (self.hidden_size % 4 or self.hidden_size < 8):
+            raise ValueError(
+                f"sincos2d positions need a hidden_size that is a multiple of 4 and at least 8, got {self.hidden_size}"
+            )
+        grid = self.grid_size
+        if min(grid) < 1:
+            raise ValueError(
+                f"image_size {_pair(self.image_size)} is smaller than one patch of {_pair(self.patch_size)} pixels"
+                + (f" after a stem of stride {self.stem_stride}" if self.stem_stride > 1 else "")
+            )
+        if grid[0] * grid[1] > _MAX_TOKENS:
+            raise ValueError(f"a grid of {grid[0]}x{grid[1]} patches is above the limit of {_MAX_TOKENS} tokens")
+        per_layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        if per_layer * self.num_hidden_layers > _MAX_PARAMETERS:
+            raise ValueError(
+                f"{self.num_hidden_layers} blocks of width {self.hidden_size} are about "
+                f"{per_layer * self.num_hidden_layers:.1e} parameters, above the limit of {_MAX_PARAMETERS:.0e}"
+            )
+
+    def _validate_sizes(self) -> None:
+        _in_range("num_hidden_layers", self.num_hidden_layers, 0, _MAX_LAYERS)
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"):
+            _in_range(name, getattr(self, name), 1, _MAX_WIDTH)
+        if self.representation_size is not None:
+            _in_range("representation_size", self.representation_size, 1, _MAX_WIDTH)
+        for name in ("image_size", "patch_size"):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, int) and len(sizes) != 2:
+                raise ValueError(f"{name} must be one number or (height, width), got {sizes}")
+            for size in _pair(sizes):
+                _in_range(name, size, 1, _MAX_WIDTH)
+        if self.resnet_layers is not None:
+            _in_range("the number of stages in resnet_layers", len(self.resnet_layers), 0, 6)
+            for units in self.resnet_layers:
+                _in_range("resnet_layers", units, 1, _MAX_LAYERS)
+            width = 64 * self.resnet_width_factor
+            if not 32 <= width <= _MAX_WIDTH or width % 32:
+                raise ValueError(
+                    f"resnet_width_factor {self.resnet_width_factor} gives {width:g} channels: expected a multiple of "
+                    "the 32 groups of its GroupNorm"
+                )
+
+    def _validate_rates(self) -> None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            _in_range(name, getattr(self, name), 0, 1)
+        for name in ("layer_norm_eps", "resnet_norm_eps", "resnet_conv_eps"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        _in_range("initializer_range", self.initializer_range, 0, 10)
+
+
+def stem_stride(resnet_layers: list[int] | tuple[int, ...] | None) -> int:
+    """Return the pixels of the picture per pixel of the stem's output; see `HfViTConfig.stem_stride`."""
+    return 1 if resnet_layers is None else 4 * 2 ** max(len(resnet_layers) - 1, 0)
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+__all__ = ["PRESETS", "HfViTConfig"]
