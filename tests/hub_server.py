@@ -78,7 +78,6 @@ class Commit:
 
 @dataclass
 class Repository:
-    kind: str  # models or datasets
     name: str  # owner/name
     private: bool
     branches: dict[str, Commit]
@@ -157,7 +156,7 @@ class HubServer:
 
     def __init__(self, *, multipart_chunk_size: int | None = None):
         self.multipart_chunk_size = multipart_chunk_size
-        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.repositories: dict[str, Repository] = {}
         self.users: dict[str, User] = {}
         self.large_files: dict[str, bytes] = {}  # sha256 -> content
         self.parts: dict[tuple[str, int], bytes] = {}  # (sha256, part number) -> content
@@ -187,8 +186,8 @@ class HubServer:
         """Create a model repository with these files, as if it had been there before the test."""
         blobs = {path: Blob(data, is_large(path, data)) for path, data in (files or {}).items()}
         first = Commit({".gitattributes": Blob(GIT_ATTRIBUTES.encode())} | blobs, "initial commit")
-        repository = Repository("models", name, private, {"main": first})
-        self.repositories["models", name] = repository
+        repository = Repository(name, private, {"main": first})
+        self.repositories[name] = repository
         self.large_files |= {blob.sha256: blob.data for blob in blobs.values() if blob.is_lfs}
         return repository
 
@@ -198,7 +197,7 @@ class HubServer:
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """Content by path of a model repository at a revision."""
-        commit = self.repositories["models", name].commit(revision)
+        commit = self.repositories[name].commit(revision)
         if commit is None:
             raise KeyError(f"{name} has no revision {revision}")
         return {path: blob.data for path, blob in commit.files.items()}
@@ -253,8 +252,8 @@ def is_large(path: str, data: bytes, size: int | None = None) -> bool:
 
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable]] = []
-API = r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
-REPOSITORY = r"/(?:(?P<kind>datasets)/)?(?P<name>[^/]+/[^/]+)"
+API = r"/api/models/(?P<name>[^/]+/[^/]+)"
+REPOSITORY = r"/(?P<name>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>[^/]+)"
 
 
@@ -373,8 +372,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusalError(403, None, "Forbidden: you must use a token with write access")
         return user
 
-    def repository(self, kind: str, name: str, *, write: bool = False) -> Repository:
-        user, repository = self.user(), self.hub.repositories.get((kind or "models", name))
+    def repository(self, name: str, *, write: bool = False) -> Repository:
+        user, repository = self.user(), self.hub.repositories.get(name)
         if repository is None or (repository.private and (user is None or user.name != repository.owner)):
             raise RefusalError(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and self.writer().name != repository.owner:
@@ -399,23 +398,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/repos/create")
     def create_repository(self) -> Answer:
-        user, kind = self.writer(), self.json.get("type", "model") + "s"
+        user = self.writer()
         name = f"{self.json.get('organization') or user.name}/{self.json['name']}"
-        url = f"{self.hub.url}/{'' if kind == 'models' else kind + '/'}{name}"
+        url = f"{self.hub.url}/{name}"
         if not name.startswith(f"{user.name}/"):
-            raise RefusalError(403, None, f"You don't have the rights to create a {kind[:-1]} under this namespace")
-        if (kind, name) in self.hub.repositories:
+            raise RefusalError(403, None, "You don't have the rights to create a model under this namespace")
+        if name in self.hub.repositories:
             return Answer({"error": "You already created this repo", "url": url}, 409)
         private = self.json.get("visibility") == "private" or bool(self.json.get("private"))
-        first = Commit({".gitattributes": Blob(GIT_ATTRIBUTES.encode())}, "initial commit", author=user.name)
-        self.hub.repositories[kind, name] = Repository(kind, name, private, {"main": first})
+        self.hub.add_repository(name, private=private)
         return Answer({"url": url, "name": name})
 
     @route("DELETE", "/api/repos/delete")
     def delete_repository(self) -> Answer:
         owner = self.json.get("organization") or self.writer().name
-        repository = self.repository(self.json.get("type", "model") + "s", f"{owner}/{self.json['name']}", write=True)
-        del self.hub.repositories[repository.kind, repository.name]
+        repository = self.repository(f"{owner}/{self.json['name']}", write=True)
+        del self.hub.repositories[repository.name]
         return Answer({})
 
     @route("POST", "/api/validate-yaml")
@@ -430,8 +428,8 @@ class _Handler(BaseHTTPRequestHandler):
     # uploads and commits
 
     @route("POST", f"{API}/preupload/{REVISION}")
-    def preupload(self, kind: str, name: str, revision: str) -> Answer:
-        repository = self.repository(kind, name, write="create_pr" not in self.query)
+    def preupload(self, name: str, revision: str) -> Answer:
+        repository = self.repository(name, write="create_pr" not in self.query)
         known, files = self.commit_of(repository, revision).files, []
         for file in self.json["files"]:
             path, blob = file["path"], known.get(file["path"])
@@ -441,8 +439,8 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer({"files": files})
 
     @route("POST", rf"{REPOSITORY}\.git/info/lfs/objects/batch")
-    def lfs_batch(self, kind: str, name: str) -> Answer:
-        self.repository(kind, name), self.writer()
+    def lfs_batch(self, name: str) -> Answer:
+        self.repository(name), self.writer()
         return Answer({"transfer": "basic", "objects": [self.lfs_actions(asked) for asked in self.json["objects"]]})
 
     def lfs_actions(self, asked: dict) -> dict:
@@ -484,9 +482,9 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer({})
 
     @route("POST", f"{API}/commit/{REVISION}")
-    def create_commit(self, kind: str, name: str, revision: str) -> Answer:
+    def create_commit(self, name: str, revision: str) -> Answer:
         as_pull_request = "create_pr" in self.query
-        repository, user = self.repository(kind, name, write=not as_pull_request), self.writer()
+        repository, user = self.repository(name, write=not as_pull_request), self.writer()
         parent = self.commit_of(repository, revision)
         header, *operations = [json.loads(line) for line in self.data.splitlines()]
         if header["value"].get("parentCommit") not in (None, parent.oid):
@@ -527,8 +525,8 @@ class _Handler(BaseHTTPRequestHandler):
     # branches and tags
 
     @route("GET", f"{API}/refs")
-    def list_references(self, kind: str, name: str) -> Answer:
-        repository = self.repository(kind, name)
+    def list_references(self, name: str) -> Answer:
+        repository = self.repository(name)
         named = {
             "branches": {f"refs/heads/{branch}": commit for branch, commit in repository.branches.items()},
             "tags": {f"refs/tags/{tag}": commit for tag, commit in repository.tags.items()},
@@ -541,24 +539,24 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer(listed | {"converts": []})
 
     @route("POST", f"{API}/branch/(?P<branch>[^/]+)")
-    def create_branch(self, kind: str, name: str, branch: str) -> Answer:
-        repository = self.repository(kind, name, write=True)
+    def create_branch(self, name: str, branch: str) -> Answer:
+        repository = self.repository(name, write=True)
         if branch in repository.branches:
             raise RefusalError(409, None, f"Reference already exists: {branch}")
         repository.branches[branch] = self.commit_of(repository, self.json.get("startingPoint", "main"))
         return Answer({})
 
     @route("POST", f"{API}/tag/{REVISION}")
-    def create_tag(self, kind: str, name: str, revision: str) -> Answer:
-        repository, tag = self.repository(kind, name, write=True), self.json["tag"]
+    def create_tag(self, name: str, revision: str) -> Answer:
+        repository, tag = self.repository(name, write=True), self.json["tag"]
         if tag in repository.tags:
             raise RefusalError(409, None, f"Tag already exists: {tag}")
         repository.tags[tag] = self.commit_of(repository, revision)
         return Answer({})
 
     @route("DELETE", f"{API}/(?P<group>branch|tag)/(?P<reference>[^/]+)")
-    def delete_reference(self, kind: str, name: str, group: str, reference: str) -> Answer:
-        repository = self.repository(kind, name, write=True)
+    def delete_reference(self, name: str, group: str, reference: str) -> Answer:
+        repository = self.repository(name, write=True)
         references = repository.branches if group == "branch" else repository.tags
         if reference == "main" or references.pop(reference, None) is None:
             raise RefusalError(404, "RevisionNotFound", f"no {group} {reference} that may be deleted")
@@ -567,8 +565,8 @@ class _Handler(BaseHTTPRequestHandler):
     # listings and downloads
 
     @route("GET", f"{API}(?:/revision/{REVISION})?")
-    def describe(self, kind: str, name: str, revision: str) -> Answer:
-        repository = self.repository(kind, name)
+    def describe(self, name: str, revision: str) -> Answer:
+        repository = self.repository(name)
         commit = self.commit_of(repository, revision or "main")
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         if "blobs" in self.query:
@@ -579,14 +577,14 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer(facts | dates | {"gated": False, "disabled": False, "tags": [], "siblings": siblings})
 
     @route("GET", f"{API}/commits/{REVISION}")
-    def list_commits(self, kind: str, name: str, revision: str) -> Answer:
-        history = self.commit_of(self.repository(kind, name), revision).history()
+    def list_commits(self, name: str, revision: str) -> Answer:
+        history = self.commit_of(self.repository(name), revision).history()
         shown = [{"id": c.oid, "title": c.title, "message": c.description, "by": c.author} for c in history]
         return Answer([entry | {"date": DATE, "authors": [{"user": entry.pop("by")}]} for entry in shown])
 
     @route("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.+))?")
-    def list_tree(self, kind: str, name: str, revision: str, path: str) -> Answer:
-        commit = self.commit_of(self.repository(kind, name), revision)
+    def list_tree(self, name: str, revision: str, path: str) -> Answer:
+        commit = self.commit_of(self.repository(name), revision)
         folder = path.rstrip("/") + "/" if path else ""
         inside = {p: blob for p, blob in sorted(commit.files.items()) if p.startswith(folder)}
         if not inside:
@@ -600,15 +598,9 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         return Answer(shown)
 
-    @route("POST", f"{API}/paths-info/{REVISION}")
-    def describe_paths(self, kind: str, name: str, revision: str) -> Answer:
-        files = self.commit_of(self.repository(kind, name), revision).files
-        paths = parse_qs(self.data.decode()).get("paths", [])
-        return Answer([_entry(path, files[path]) for path in paths if path in files])
-
     @route("GET", rf"{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)")
-    def resolve(self, kind: str, name: str, revision: str, path: str) -> Answer:
-        commit = self.commit_of(self.repository(kind, name), revision)
+    def resolve(self, name: str, revision: str, path: str) -> Answer:
+        commit = self.commit_of(self.repository(name), revision)
         blob, at = commit.files.get(path), {"X-Repo-Commit": commit.oid}
         if blob is None:
             raise RefusalError(404, "EntryNotFound", "Entry not found", **at)

@@ -203,7 +203,7 @@ def test_dropped_downloads_are_taken_up_again_and_the_token_stays_on_the_hub(els
 
 def test_one_commit_holds_weights_processor_code_and_card(hub):
     commit = push(small(), "me/model")
-    newest, _empty = hub.repositories["models", "me/model"].branches["main"].history()
+    newest, _empty = hub.repositories["me/model"].branches["main"].history()
     assert newest.oid == commit.oid
     files = hub.files("me/model")
     assert set(files) == EVERYTHING | {".gitattributes"}

@@ -27,10 +27,11 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from .atomic import atomic_file
 from .configuration_hf_vit import HfViTConfig
 from .image_processing_hf_vit import HfViTImageProcessor
 
@@ -91,8 +92,9 @@ def write_model_card(
 ) -> Path:
     """Write `README.md` for a saved model, and `.eval_results/` where results were measured on data sets of the Hub.
 
-    The configuration, the image processor, the weights' headers and `parity.json` in the folder say the rest. What
-    nobody has given is left out of the card, never guessed.
+    The configuration, the image processor, the weights' headers and the certificate `parity.json` (`source`, `sha256`,
+    `tensors`, `differences` by name, `bound`, `passed`) in the folder say the rest. What nobody has given is left out
+    of the card, never guessed.
 
     Args:
         folder: holds `config.json` and the weights, as `save_pretrained` leaves them.
@@ -114,6 +116,7 @@ def write_model_card(
     folder = Path(folder)
     config, parity = _config_of(folder), _json(folder / "parity.json")
     name = (repo_id or folder.resolve().name).split("/")[-1]
+    assert config.architectures
     head = config.architectures[0]
     classifies = head == "HfViTForImageClassification"
     source, source_sha256 = source or parity.get("source"), source_sha256 or parity.get("sha256")
@@ -149,9 +152,8 @@ def write_model_card(
         pixels=_pixels,
     )
     _write_eval_results(folder, results)
-    path = folder / "README.md"
-    path.write_text(str(card), encoding="utf-8")
-    return path
+    _write(folder / "README.md", str(card))
+    return folder / "README.md"
 
 
 def _write_eval_results(folder: Path, results: Sequence[EvalResult]) -> None:
@@ -176,7 +178,7 @@ def _write_eval_results(folder: Path, results: Sequence[EvalResult]) -> None:
     for dataset, entries in by_dataset.items():
         path = folder / ".eval_results" / f"{dataset.replace('/', '-')}.yaml"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+        _write(path, yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
 def _papers(source: str, head: str) -> list[str]:
@@ -205,6 +207,8 @@ def _config_of(folder: Path) -> HfViTConfig:
             f"{folder}: expected a config.json with model_type hf_vit and architectures, got "
             f"{fields.get('model_type', 'none')}: load the model with from_pretrained and save_pretrained it there"
         )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: expected weights (*.safetensors), got none: save the model there")
     return HfViTConfig.from_pretrained(folder)
 
 
@@ -222,6 +226,11 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 # the push
 
 
@@ -236,10 +245,10 @@ def push(
     token: str | bool | None = None,
     dry_run: bool = False,
     create_pr: bool = False,
-    commit_message: str = "Upload model, image processor, code and card",
+    commit_message: str | None = None,
     commit_description: str | None = None,
     max_shard_size: int | str = "5GB",
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] | None = None,
 ) -> CommitInfo | Path:
     """Push a model with its image processor, code and card in one commit; running it again sends only what changed.
 
@@ -258,10 +267,12 @@ def push(
         The commit; with `dry_run` the folder.
     Raises:
         LocalTokenNotFoundError: if there is no token.
-        ValueError: if a folder holds no saved hf_vit model.
+        ValueError: if a folder holds no saved hf_vit model, or `repo_id` is no name of a repository.
         FileExistsError: if `dry_run` would write a model into a folder that is not empty.
     """
+    validate_repo_id(repo_id)
     given = None if isinstance(model, PreTrainedModel) else Path(model)
+    tags = [tags] if isinstance(tags, str) else tags or ()
     with tempfile.TemporaryDirectory() as temporary:
         if not dry_run:
             token = _token(token)
@@ -285,7 +296,7 @@ def push(
             return api.create_commit(
                 repo_id,
                 _operations(folder, remote, keep_card=given is None),
-                commit_message=commit_message,
+                commit_message=commit_message or "Upload model, image processor, code and card",
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
@@ -313,18 +324,29 @@ def _processor_of(model: PreTrainedModel) -> Any:
     """Return the image processor of the checkpoint that `model` came from, or of that checkpoint's code base."""
     layout = model.config.checkpoint_layout or {}
     protocol = "big_vision" if layout.get("dialect") == "big_vision" else "vit_jax"
+    origin = model.name_or_path  # a folder, a Hub id, a checkpoint file, or nothing
     try:
-        found = HfViTImageProcessor.from_pretrained(model.name_or_path)
+        found = None if not origin or Path(origin).is_file() else HfViTImageProcessor.from_pretrained(origin)
     except (OSError, ValueError):
+        found = None
+    if found is None:
         logger.warning("found no image processor: writing protocol %s; pass processor= for another", protocol)
         return HfViTImageProcessor.for_model(model.config, protocol=protocol)
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    seen = found.crop_size if found.do_center_crop else found.size
-    if (seen.height, seen.width) == (height, width):
-        return found
-    fields = {"image_mean": found.image_mean, "image_std": found.image_std}
-    return HfViTImageProcessor.for_model(model.config, protocol=found.protocol, **fields)
+    return _at_size(found, model.config.image_size)
+
+
+def _at_size(processor: HfViTImageProcessor, image_size: int | Sequence[int]) -> HfViTImageProcessor:
+    """Return the same processor for a model that sees `image_size` pixels: all its sizes scaled alike."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    fields = processor.to_dict()
+    seen = dict(fields["crop_size"] if fields.get("do_center_crop") else fields["size"])
+    if "height" not in seen or (seen["height"], seen["width"]) == (height, width):
+        return processor
+    down, across = height / seen["height"], width / seen["width"]
+    factors = {"height": down, "width": across, "shortest_edge": max(down, across)}
+    sizes = {name: fields[name] for name in ("size", "crop_size") if fields.get(name)}
+    scaled = {name: {side: round(factors[side] * n) for side, n in dict(size).items()} for name, size in sizes.items()}
+    return HfViTImageProcessor.from_dict(fields | scaled)
 
 
 def _complete(folder: Path, repo_id: str, *, processor: Any, include_code: bool, tags: Sequence[str]) -> None:
@@ -344,7 +366,7 @@ def _set_auto_map(path: Path, auto_map: dict[str, Any] | None) -> None:
     if path.is_file():
         fields = {name: value for name, value in _json(path).items() if name != "auto_map"}
         fields |= {"auto_map": auto_map} if auto_map else {}
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def _sends_code(folder: Path) -> bool:
