@@ -261,9 +261,12 @@ def _explain_disk_full(code: int, staging: Path, needed: int | None) -> str:
 
 
 def _check_replaceable(target: Path) -> None:
+    is_current = False
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "expected a folder, got a file; choose another name", str(target))
-    if Path.cwd().is_relative_to(target):
+    with contextlib.suppress(FileNotFoundError):  # the current folder itself may be gone
+        is_current = Path.cwd().is_relative_to(target)
+    if is_current:
         raise ValueError(
             f"{target} holds the current folder, which cannot be replaced whole: write to a folder inside it"
         )
