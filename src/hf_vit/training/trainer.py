@@ -127,13 +127,12 @@ class HfViTTrainer(Trainer):
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         self._logits = outputs.logits.detach()
-        is_training = self.model.training
         if num_items_in_batch is not None and labels.ndim > 1:
             num_items_in_batch = num_items_in_batch / labels.shape[1]  # Trainer counts every number among the labels
         return classification_loss(
             outputs.logits,
             labels,
-            label_smoothing=self.args.label_smoothing_factor if is_training else 0.0,
+            label_smoothing=self.args.label_smoothing_factor if outputs.logits.requires_grad else 0.0,
             num_samples=num_items_in_batch,
         )
 
@@ -165,7 +164,8 @@ class HfViTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns a loader whose order and augmentation depend on (seed, epoch) alone, and on no global generator."""
-        dataset, args = self.train_dataset, self.args
+        dataset: Any = self.train_dataset
+        args = self.args
         is_stream = isinstance(dataset, IterableDataset)
         seed = args.seed if args.data_seed is None else args.data_seed
         workers: dict[str, Any] = {}
