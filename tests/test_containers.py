@@ -464,11 +464,16 @@ def test_written_npz_has_the_bytes_of_numpy_savez(tmp_path):
         "step": np.int64(3),
         "half": np.float16([[1, 2]]),
         "none": np.zeros((0, 2)),
-        "b": np.arange(4).astype("V2"),
     }
     save_npz(tmp_path / "numpy.npz", arrays)
     write_npz(tmp_path / "ours.npz", read_all(tmp_path / "numpy.npz").items())
     assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
+
+
+def test_written_bfloat16_has_the_header_that_jax_arrays_get(tmp_path):
+    write_npz(tmp_path / "a.npz", [("b", torch.arange(4, dtype=torch.bfloat16))])
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert b"'descr': '<V2'" in archive.read("b.npy")
 
 
 def test_written_npz_takes_non_contiguous_tensors_and_gradients(tmp_path):

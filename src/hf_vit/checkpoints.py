@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from logging import Filter, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class JaxCheckpoint:
 
 
 @contextlib.contextmanager
-def open_jax_checkpoint(path: str | Path, **overrides: Any) -> Iterator[JaxCheckpoint]:
+def open_jax_checkpoint(path: str | Path, **overrides: Any) -> Generator[JaxCheckpoint]:
     """Open an original checkpoint (`.npz` of any dialect, or a fine-tuning `checkpoint_<step>`) and understand it.
 
     Args:
@@ -156,8 +157,8 @@ def plan_conversion(
     """
     config = copy.deepcopy(checkpoint.config)
     if image_size is not None:
-        config = HfViTConfig(**{**_own_fields(config), "image_size": image_size})  # validates
-    if num_labels is not None and num_labels != config.num_labels:
+        config = HfViTConfig(**_with(_own_fields(config), image_size=image_size))  # validates
+    if num_labels is not None and num_labels != config.num_labels:  # else the names of the classes stay
         config.num_labels = num_labels
     keeps_head = checkpoint.has_head and config.num_labels == checkpoint.config.num_labels
     old_grid, new_grid = checkpoint.config.grid_size, config.grid_size
@@ -208,7 +209,7 @@ def convert_jax_checkpoint(
     path = _local_checkpoint(source)
     if path is None:
         raise CheckpointError(f"{source}: expected a checkpoint file of the JAX code, got a folder or nothing")
-    with open_jax_checkpoint(path, **_with_image_size(overrides, image_size)) as checkpoint:
+    with open_jax_checkpoint(path, **_with(overrides, image_size=image_size)) as checkpoint:
         config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
         if config.num_labels and plan[-1].name != "classifier.bias":
             plan += _zero_head(config)
@@ -225,10 +226,10 @@ def convert_jax_checkpoint(
 
 def _zero_head(config: HfViTConfig) -> list[PlannedTensor]:
     features = config.representation_size or config.hidden_size
-    shapes = {"classifier.weight": (config.num_labels, features), "classifier.bias": (config.num_labels,)}
+    num_labels = config.num_labels or 0
     return [
-        PlannedTensor(name, shape, torch.float32, functools.partial(torch.zeros, shape))
-        for name, shape in shapes.items()
+        PlannedTensor(name, shape, torch.float32, lambda shape=shape: torch.zeros(shape))
+        for name, shape in (("classifier.weight", (num_labels, features)), ("classifier.bias", (num_labels,)))
     ]
 
 
@@ -250,7 +251,7 @@ def write_jax_checkpoint(
     """
     names = {name.removeprefix("vit."): name for name in state}
     layout = _layout_to_write(config, dialect)
-    rules = layout.rules(config, config.num_labels if "classifier.weight" in names else 0)
+    rules = layout.rules(config, (config.num_labels or 0) if "classifier.weight" in names else 0)
     expected = {rule.ours for rule in rules}
     missing, extra = sorted(expected - set(names)), sorted(set(names) - expected)
     if missing or extra:
@@ -355,8 +356,7 @@ def _infer_stem(names: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     root = _shape(names, "conv_root/kernel", 4)
     stages = range(1, max(_numbered(names, r"block(\d+)/unit"), default=0) + 1)
     units = [max(_numbered(names, rf"block{i}/unit(\d+)/"), default=0) for i in stages]
-    factor = root[3] / 64
-    factor = int(factor) if factor.is_integer() else factor
+    factor = root[3] // 64 if root[3] % 64 == 0 else root[3] / 64
     return {"num_channels": root[2], "resnet_layers": units, "resnet_width_factor": factor}
 
 
@@ -422,7 +422,7 @@ def _infer_image_size(
 
 
 def _patches_of(fields: dict[str, Any], image_size: int | tuple[int, int]) -> int:
-    return math.prod(HfViTConfig(**{**fields, "image_size": image_size}).grid_size)
+    return math.prod(HfViTConfig(**_with(fields, image_size=image_size)).grid_size)
 
 
 def _numbered(names: Iterable[str], pattern: str) -> set[int]:
@@ -475,7 +475,7 @@ def _load_jax(cls: type[HfViTPreTrainedModel], path: Path, **kwargs: Any):
         fields = {**_own_fields(given), **fields}
     labels = {name: fields.pop(name) for name in ("num_labels", "id2label", "label2id") if name in fields}
     num_labels = labels.get("num_labels", len(labels["id2label"]) if labels.get("id2label") else None)
-    with open_jax_checkpoint(path, **_with_image_size(fields, image_size)) as checkpoint:
+    with open_jax_checkpoint(path, **_with(fields, image_size=image_size)) as checkpoint:
         config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
         for name in ("id2label", "label2id"):
             if labels.get(name):
@@ -503,7 +503,7 @@ def _load_folder(cls: type[HfViTPreTrainedModel], source: str | Path, *model_arg
         stored = HfViTConfig.get_config_dict(source, **hub)[0].get("image_size", 224)
         if wanted is None and config.image_size != stored:
             wanted = config.image_size
-            kwargs["config"] = HfViTConfig(**{**_own_fields(config), "image_size": stored})
+            kwargs["config"] = HfViTConfig(**_with(_own_fields(config), image_size=stored))
     asked = config is not None or any(name in kwargs for name in ("num_labels", "id2label"))
     asked = asked or kwargs.pop("ignore_mismatched_sizes", False)
     result = _load_strictly(cls, source, str(source), *model_args, allow_new_head=asked, **kwargs)
@@ -519,9 +519,10 @@ def _load_strictly(
     wants_info = kwargs.pop("output_loading_info", False)
     kwargs["ignore_mismatched_sizes"] = True  # the head may differ; everything else is refused below
     with _without_load_report():  # what follows says the same, and raises
-        model, info = super(HfViTPreTrainedModel, cls).from_pretrained(
+        loaded: Any = super(HfViTPreTrainedModel, cls).from_pretrained(
             source, *model_args, output_loading_info=True, **kwargs
         )
+    model, info = loaded
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     lost = [name for name in mismatched if not (allow_new_head and _is_new(name))]
     missing = sorted(name for name in info["missing_keys"] if name not in mismatched and not _is_new(name))
@@ -542,17 +543,19 @@ def _load_strictly(
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
+def _without_load_report() -> Generator[None]:
     library = logging.get_logger("transformers.modeling_utils")
-    library.addFilter(_is_no_load_report)
+    report = _LoadReportFilter()
+    library.addFilter(report)
     try:
         yield
     finally:
-        library.removeFilter(_is_no_load_report)
+        library.removeFilter(report)
 
 
-def _is_no_load_report(record: Any) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+class _LoadReportFilter(Filter):
+    def filter(self, record: LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
 
 
 def _is_new(name: str) -> bool:
@@ -576,8 +579,9 @@ def _own_fields(config: HfViTConfig) -> dict[str, Any]:
     return {name: copy.deepcopy(getattr(config, name)) for name in _CONFIG_FIELDS if hasattr(config, name)}
 
 
-def _with_image_size(fields: dict[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
-    return fields if image_size is None else {**fields, "image_size": image_size}
+def _with(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """`fields` with those `changes` that are not None."""
+    return {**fields, **{name: value for name, value in changes.items() if value is not None}}
 
 
 # -- small

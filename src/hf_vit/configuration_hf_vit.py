@@ -95,7 +95,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type: ClassVar[str] = "hf_vit"
     # Tensor parallelism shards heads and the MLP; what pools and classifies stays whole.
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "encoder.layer.*.attn.query": "colwise",
         "encoder.layer.*.attn.key": "colwise",
         "encoder.layer.*.attn.value": "colwise",
@@ -103,7 +103,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         "encoder.layer.*.ffn.fc1": "colwise",
         "encoder.layer.*.ffn.fc2": "rowwise",
     }
-    base_model_fsdp_plan: ClassVar[dict[str, str]] = {
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
         "encoder.layer.*": "free_full_weight",
         "encoder.encoder_norm": "keep_full_weight",
@@ -165,6 +165,11 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return stem_stride(self.resnet_layers)
 
     @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """`patch_size` as (height, width)."""
+        return _pair(self.patch_size)
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """(height, width) in patches of a picture of `image_size`."""
         return self.grid_of(_pair(self.image_size))
@@ -174,8 +179,9 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
         The stem rounds up at each of its steps (SAME padding); the patches drop what remains (VALID).
         """
+        height, width = (-(-size // self.stem_stride) for size in image_size)
         patch = _pair(self.patch_size)
-        return tuple(-(-size // self.stem_stride) // p for size, p in zip(image_size, patch, strict=True))
+        return height // patch[0], width // patch[1]
 
     @property
     def num_prefix_tokens(self) -> int:

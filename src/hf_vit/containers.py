@@ -477,7 +477,12 @@ def write_npz(path: str | Path, arrays: Iterable[tuple[str, torch.Tensor]]) -> N
                 raise ValueError(f"{path}: {name}: expected real numbers, got {tensor.dtype}; convert it first")
             _check_array(name, tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.dtype.itemsize)
             values = tensor.detach().cpu().contiguous()
-            array = values.view(torch.int16).numpy().view("V2") if values.dtype == torch.bfloat16 else values.numpy()
+            is_bfloat16 = values.dtype == torch.bfloat16
+            array = values.view(torch.int16).numpy() if is_bfloat16 else values.numpy()
+            header = np.lib.format.header_data_from_array_1_0(array)
+            if is_bfloat16:
+                header["descr"] = "<V2"  # what numpy.savez writes of a JAX array
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                np.lib.format.write_array_header_1_0(member, header)
+                member.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
             del tensor, values, array  # else they would live on while the next is made

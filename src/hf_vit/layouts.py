@@ -103,9 +103,10 @@ class JaxLayout:
         """
         if dialect not in DIALECTS:
             raise ValueError(f"unknown dialect {dialect!r}; expected one of {', '.join(DIALECTS)}")
+        usual: dict[str, Any] = {"has_flat_group_norm": dialect != "prelinen"}
         if dialect == "big_vision":
-            details = {"positions": BIG_VISION_POSITIONS, "has_class_row": False, **details}
-        return cls(dialect=dialect, **{"has_flat_group_norm": dialect != "prelinen", **details})
+            usual.update(positions=BIG_VISION_POSITIONS, has_class_row=False)
+        return cls(dialect=dialect, **{**usual, **details})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

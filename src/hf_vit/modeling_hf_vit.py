@@ -61,7 +61,7 @@ class Embeddings(nn.Module):
                 eps_in_root=config.resnet_conv_eps_in_root,
             )
             channels = self.hybrid_model.out_channels
-        patch = config.patch_size if isinstance(config.patch_size, int) else tuple(config.patch_size)
+        patch = config.patch_height_width
         self.patch_embeddings = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.use_cls_token else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if use_mask_token else None
@@ -83,6 +83,8 @@ class Embeddings(nn.Module):
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)  # (B, h*w, D)
         if bool_masked_pos is not None:
+            if self.mask_token is None:
+                raise ValueError("bool_masked_pos needs a model with a mask token (use_mask_token=True)")
             x = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(x.dtype), x)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
@@ -296,8 +298,14 @@ def _uniform_probe(parameter: torch.Tensor) -> None:
     init.uniform_(parameter, -limit, limit)
 
 
+def _lecun_normal(parameter: torch.Tensor) -> None:
+    """flax's lecun_normal: variance 1 / fan_in, cut at two deviations (transformers' own is not cut there)."""
+    std = parameter[0].numel() ** -0.5 / 0.87962566103423978
+    init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+
 # How each parameter starts, by the end of its name; the first match counts. A function of (parameter, config).
-# Source: the initialisers of models_vit.py, models_resnet.py and big_vision/models/vit.py; "lecun" is truncated.
+# Source: the initialisers of models_vit.py, models_resnet.py and big_vision/models/vit.py.
 INITIALIZATION: tuple[tuple[str, Callable[[torch.Tensor, HfViTConfig], Any]], ...] = (
     (r"\b(query|key|value|out|fc1|fc2)\.weight", lambda p, config: init.xavier_uniform_(p)),
     (r"\b(fc1|fc2)\.bias", lambda p, config: init.normal_(p, std=1e-6)),
@@ -309,7 +317,7 @@ INITIALIZATION: tuple[tuple[str, Callable[[torch.Tensor, HfViTConfig], Any]], ..
         r"\bclassifier\.weight",
         lambda p, config: init.zeros_(p) if config.zero_init_head else init.trunc_normal_(p, std=0.02),
     ),
-    (r"\.weight", lambda p, config: init.lecun_normal_(p)),  # patches, the stem's convolutions, pre_logits, decoder
+    (r"\.weight", lambda p, config: _lecun_normal(p)),  # patches, the stem's convolutions, pre_logits, decoder
     (r"\b(bias|cls_token|mask_token)", lambda p, config: init.zeros_(p)),
 )
 
@@ -320,7 +328,7 @@ class HfViTPreTrainedModel(PreTrainedModel):
     config: HfViTConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Embeddings", "Block"]
     _supports_sdpa = True
@@ -370,10 +378,16 @@ class HfViTPreTrainedModel(PreTrainedModel):
             raise ImportError(f"reading {pretrained_model_name_or_path} needs the package: pip install hf-vit")
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.embeddings.patch_embeddings
+    @property
+    def _embeddings(self) -> Embeddings:
+        embeddings = self.base_model.embeddings
+        assert isinstance(embeddings, Embeddings)
+        return embeddings
 
-    def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
+    def get_input_embeddings(self) -> nn.Module:
+        return self._embeddings.patch_embeddings
+
+    def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:  # ty: ignore[lost-keyword-for-regular-parameter]
         """Resample the position embeddings, in place, to the grid of pictures of `image_size` pixels.
 
         Args:
@@ -383,8 +397,10 @@ class HfViTPreTrainedModel(PreTrainedModel):
             ValueError: if `image_size` holds no patch.
         """
         config = self.config
-        resized = HfViTConfig(**{**config.to_dict(), "image_size": image_size})  # validates
-        embeddings = self.base_model.embeddings
+        resized = copy.deepcopy(config)
+        resized.image_size = image_size
+        resized.validate_architecture()
+        embeddings = self._embeddings
         if embeddings.position_embeddings is not None and resized.grid_size != config.grid_size:
             table = resample_position_embeddings(
                 embeddings.position_embeddings.data,
@@ -421,7 +437,7 @@ class HfViTModel(HfViTPreTrainedModel):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode pictures.
@@ -461,10 +477,10 @@ class HfViTForImageClassification(HfViTPreTrainedModel):
 
     def __init__(self, config: HfViTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.vit = HfViTModel(config)
         features = config.representation_size or config.hidden_size
-        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(features, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -514,8 +530,8 @@ class HfViTForMaskedImageModeling(HfViTPreTrainedModel):
     def __init__(self, config: HfViTConfig):
         super().__init__(config)
         self.vit = HfViTModel(config, use_mask_token=True)
-        sizes = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else tuple(config.patch_size)
-        self.patch_pixels = (sizes[0] * config.stem_stride, sizes[1] * config.stem_stride)
+        height, width = config.patch_height_width
+        self.patch_pixels = (height * config.stem_stride, width * config.stem_stride)  # of the picture
         self.decoder = nn.Sequential(
             nn.Conv2d(config.hidden_size, math.prod(self.patch_pixels) * config.num_channels, kernel_size=1)
         )
@@ -595,7 +611,7 @@ class HfViTBackbone(BackboneMixin, HfViTPreTrainedModel):
             for stage, tokens in zip(self.stage_names, hidden_states, strict=True)
             if stage in self.out_features
         ]
-        return BackboneOutput(feature_maps=tuple(maps))
+        return BackboneOutput(feature_maps=tuple(maps))  # ty: ignore[invalid-argument-type]
 
     def _feature_map(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         if self.config.apply_layernorm:

@@ -37,9 +37,9 @@ class StdConv2d(nn.Conv2d):
         self.eps_in_root = eps_in_root
         self._frozen: tuple | None = None  # what the kernel was when last standardised, and the result
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = pad_same(x, self.kernel_size[0], self.stride[0])
-        return F.conv2d(x, self.standardized_weight(), stride=self.stride)  # (B, C', ceil(H / s), ceil(W / s))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        input = pad_same(input, self.kernel_size[0], self.stride[0])
+        return F.conv2d(input, self.standardized_weight(), stride=self.stride)  # (B, C', ceil(H / s), ceil(W / s))
 
     def standardized_weight(self) -> torch.Tensor:
         """Return the kernel with mean 0 and deviation 1 for each output channel.
