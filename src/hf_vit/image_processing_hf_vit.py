@@ -465,7 +465,10 @@ class _Protocols(BaseImageProcessor):
         if isinstance(image_url_or_urls, (str, PathLike)):
             path = fspath(image_url_or_urls)
             if isinstance(image_url_or_urls, PathLike) or isfile(path):
-                return Image.open(path, formats=IMAGE_FORMATS)
+                with Image.open(path, formats=IMAGE_FORMATS) as image:
+                    image = upright(image)
+                    image.load()
+                    return image
             return load_image(path)
         return super().fetch_images(image_url_or_urls)
 
