@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from sklearn.datasets import load_digits
+from test_images import READ_RIGHT, REFUSED
 
 from hf_vit.images import ImageError
 from hf_vit.training.datasets import (
@@ -200,6 +201,32 @@ def test_pictures_are_upright_rgb_and_sixteen_bits_are_scaled(tmp_path):
     pictures = {row["image"].size: row["image"] for part in splits.values() for row in part}
     assert set(pictures) == {(12, 8), (8, 12), (8, 8)}
     np.testing.assert_allclose(np.asarray(pictures[8, 8])[..., 0], ramp / 257, atol=1)
+
+
+def write_odd_files(root: Path, files: dict) -> None:
+    for number, (name, (write, *_)) in enumerate(files.items()):
+        folder = root / ("even" if number % 2 else "odd")
+        folder.mkdir(exist_ok=True)
+        write(folder / name)
+
+
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
+@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
+def test_of_the_odd_files_the_refused_are_all_named_and_the_others_are_pixel_correct(tmp_path, caplog):
+    write_odd_files(tmp_path, READ_RIGHT | REFUSED)
+    with pytest.raises(ImageError, match="9 of 31 pictures cannot be read") as caught:
+        load_splits(str(tmp_path))
+    assert {name for name in READ_RIGHT | REFUSED if f"/{name}: " in str(caught.value)} == set(REFUSED)
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(str(tmp_path), bad_images="skip")
+    assert "9 of 31 pictures cannot be read and are skipped" in caplog.text
+    found = {}
+    for part in splits.values():
+        paths = [Path(cell["path"]).name for cell in part.with_format("arrow")[:].column("image").to_pylist()]
+        found |= {name: row["image"] for name, row in zip(paths, part, strict=True)}
+    assert found.keys() == READ_RIGHT.keys()
+    for name, (_, expected, tolerance) in READ_RIGHT.items():
+        assert np.abs(np.asarray(found[name]).astype(int) - expected).max() <= tolerance, name
 
 
 # --- columns and labels ---
