@@ -147,6 +147,13 @@ def test_size_is_what_the_model_sees(protocol, photo):
     assert pixels(processor, photo, size={"height": 40, "width": 40}).shape == (3, 40, 40)
 
 
+@EACH_PROTOCOL
+def test_size_given_at_load_is_what_the_model_sees(protocol, tmp_path):
+    HfViTImageProcessor(protocol=protocol, size=64).save_pretrained(tmp_path)
+    loaded = HfViTImageProcessor.from_pretrained(tmp_path, size={"height": 96, "width": 96})
+    assert loaded.to_dict() == HfViTImageProcessor(protocol=protocol, size=96).to_dict()
+
+
 def test_transfer_ratio_of_big_vision_is_a_field():
     processor = HfViTImageProcessor(protocol="big_vision", size=384, crop_pct=384 / 448)
     assert (dict(processor.size), dict(processor.crop_size)) == ({"shortest_edge": 448}, {"height": 384, "width": 384})

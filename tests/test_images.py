@@ -168,6 +168,25 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
             read(png(9000, 9000, b""), max_pixels=10**6)
 
 
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+def test_the_processor_refuses_a_bomb_by_its_path(monkeypatch, tmp_path):
+    def load(self):
+        raise AssertionError("decoded")
+
+    (tmp_path / "bomb.png").write_bytes(png(12000, 12000, b""))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match="picture is 12000x12000: expected at most 89,478,485 pixels"):
+        HfViTImageProcessor()(tmp_path / "bomb.png")
+
+
+def test_a_turned_file_of_two_pictures_comes_upright(tmp_path):
+    path = tmp_path / "phone.jpg"
+    stored = [Image.fromarray(np.ascontiguousarray(SCENE[::-1, ::-1])), Image.new("RGB", (WIDTH, HEIGHT))]
+    stored[0].save(path, format="MPO", save_all=True, append_images=stored[1:], exif=turned(3), quality=95)
+    for got in (np.asarray(read_image(path)), read_pixels(path).permute(1, 2, 0).numpy()):
+        assert np.abs(got.astype(int) - SCENE).max() <= JPEG_LOSS
+
+
 def test_every_kind_of_source_is_read_and_named(tmp_path):
     path = tmp_path / "scene.png"
     saved(SCENE, path)
