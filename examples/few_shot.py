@@ -43,6 +43,7 @@ class FewShotArguments:
     image_size: int | None = field(default=None, metadata={"help": "Pixels; the model's own if not given."})
     batch_size: int = field(default=64, metadata={"help": "Pictures at a time."})
     num_workers: int | None = field(default=None, metadata={"help": "Loader processes; a share of the cores."})
+    timeout: float = field(default=300, metadata={"help": "Seconds to wait for a batch of a worker; 0 for ever."})
     image_column: str | None = field(default=None, metadata={"help": "Where the names leave a choice."})
     label_column: str | None = field(default=None, metadata={"help": "Where the names leave a choice."})
     bad_images: str = field(default="fail", metadata={"help": "Unreadable pictures.", "choices": ["fail", "skip"]})
@@ -101,6 +102,7 @@ def read_features(args: FewShotArguments) -> Features:
             batch_size=args.batch_size,
             num_workers=num_workers,
             collate_fn=collate_images,
+            timeout=args.timeout if num_workers else 0,
         )
         return iter(tqdm(loader, desc=f"features of {part}", unit="batch", leave=False))
 
