@@ -58,7 +58,7 @@ _STOCK_FIELDS = (
 )  # fmt: skip
 _STOCK_DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _STOCK_NUMERICS = {"position_resampling": "bicubic"}
-_TIMM_NUMERICS = {
+TIMM_NUMERICS = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-6,
     "position_resampling": "bicubic_antialias",
@@ -176,7 +176,7 @@ def _fields(
     told: dict[str, Any] = {}
     candidates: list[Any] = [overrides.get("image_size")]
     if layout == "timm":
-        fields: dict[str, Any] = {**_TIMM_NUMERICS, **sizes}
+        fields: dict[str, Any] = {**TIMM_NUMERICS, **sizes}
         if stored is not None:
             fields.update(_timm_fields(stored, sizes["use_cls_token"]))
             told = stored.get("model_args") or {}
