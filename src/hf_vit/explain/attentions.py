@@ -202,7 +202,8 @@ def _pick(logits: torch.Tensor, class_index: int | Sequence[int]) -> torch.Tenso
     indices = [class_index] * len(logits) if isinstance(class_index, int) else list(class_index)
     if len(indices) != len(logits) or not all(0 <= index < logits.shape[1] for index in indices):
         raise ValueError(
-            f"class_index is {class_index}: expected a number from 0 to {logits.shape[1] - 1}, or {len(logits)} of them"
+            f"class_index is {class_index}: expected a number from 0 to {logits.shape[1] - 1}, or one for each of "
+            f"{len(logits)} pictures"
         )
     return logits[range(len(indices)), indices]
 

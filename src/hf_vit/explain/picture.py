@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .attentions import TokenGrid, logits_of, pooling_weights, visit_attention_gradients, visit_attentions
@@ -38,9 +40,9 @@ class ClassMap:
         """The rank correlation of the two maps, -1...1: they share nothing but the model."""
         if self.occlusion is None:
             return None
-        wanted = self.occlusion.shape
-        coarse = torch.nn.functional.adaptive_avg_pool2d(self.relevance[None], wanted)[0]
-        return rank_correlation(coarse, self.occlusion)
+        rows, columns = self.occlusion.shape
+        relevance = F.adaptive_avg_pool2d(self.relevance[None], (rows, columns))[0]
+        return rank_correlation(relevance, self.occlusion.clamp(min=0))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ def explain(
     finally:
         hook.remove()
     assert rollout is not None  # a model without blocks says so
-    logits = logits_of(output)[0].cpu() if _has_classes(model) else None
+    logits, classes = None, []
+    if isinstance(getattr(model, "classifier", None), nn.Linear):
+        logits = logits_of(output)[0].cpu()
+        classes = _class_maps(model, pixel_values, tokens, logits, num_classes, occlusion_steps)
     return Explanation(
         tokens=tokens,
         logits=logits,
@@ -122,7 +127,9 @@ def explain(
         pooled_attention=torch.stack(pooled),
         distances=torch.stack(distances),
         colors=token_colors(last[0][0], tokens),
-        classes=[] if logits is None else _class_maps(model, pixel_values, tokens, logits, num_classes, occlusion_steps),
+        classes=[]
+        if logits is None
+        else _class_maps(model, pixel_values, tokens, logits, num_classes, occlusion_steps),
     )
 
 
@@ -144,18 +151,11 @@ def class_relevance(model: PreTrainedModel, pixel_values: torch.Tensor, class_in
     def follow(layer: int, attention: torch.Tensor, gradient: torch.Tensor) -> None:
         nonlocal reached
         weighted = (attention * gradient).float().clamp(min=0).mean(dim=1)  # (B, N, N)
-        if is_map and start is reached:  # the pooler comes first
-            reached = weighted[:, 0]
-        else:
-            reached = reached + (reached[:, None] @ weighted)[:, 0]  # (B, N)
+        is_pooler = is_map and start is reached  # it comes first
+        reached = weighted[:, 0] if is_pooler else reached + (reached[:, None] @ weighted)[:, 0]  # (B, N)
 
     visit_attention_gradients(model, pixel_values, class_index, follow)
     return (reached - start.to(reached.device)).detach()
-
-
-def _has_classes(model: PreTrainedModel) -> bool:
-    classifier = getattr(model, "classifier", None)
-    return isinstance(classifier, torch.nn.Linear)
 
 
 def _class_maps(
