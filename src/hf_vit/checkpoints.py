@@ -101,6 +101,7 @@ def convert_jax_checkpoint(
     image_size: int | tuple[int, int] | None = None,
     num_labels: int | None = None,
     max_shard_bytes: int | None = None,
+    finish: Callable[[Path, Path], None] | None = None,
     **overrides: Any,
 ) -> HfViTConfig:
     """Write a folder that `from_pretrained` opens, tensor by tensor: the model is never in memory as a whole.
@@ -113,6 +114,8 @@ def convert_jax_checkpoint(
         image_size: Pixels, one number or (height, width): resamples the positions if the grid differs.
         num_labels: Makes a new head, zero as the reference's, if the file's has another width.
         max_shard_bytes: Splits the weights into files of at most about this size.
+        finish: Called with the complete folder, before it is moved into place, and the checkpoint file: may add files
+            to it, or raise to have nothing written.
         overrides: Fields of `HfViTConfig` over what the file says or leaves open.
 
     Returns:
@@ -136,6 +139,8 @@ def convert_jax_checkpoint(
             write_safetensors(temporary, entries, max_shard_bytes=max_shard_bytes)
             config.save_pretrained(temporary)
             HfViTImageProcessor.for_model(config).save_pretrained(temporary)
+            if finish is not None:
+                finish(temporary, path)
     return config
 
 

@@ -56,7 +56,7 @@ class DataArguments:
 class FineTuning:
     """Everything that a training loop needs, made from the arguments."""
 
-    model: nn.Module
+    model: Any
     processor: HfViTImageProcessor
     train: AugmentedImages
     test: AugmentedImages
@@ -91,9 +91,8 @@ def parse_arguments(
         defaults["max_steps"] = -1
     if "gradient_accumulation_steps" in given:
         defaults["total_batch_size"] = None
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments, HfViTTrainingArguments], description=description, allow_abbrev=False
-    )
+    kinds: Any = (ModelArguments, DataArguments, HfViTTrainingArguments)
+    parser = HfArgumentParser(kinds, description=description, allow_abbrev=False)
     parser.set_defaults(
         **defaults,
         eval_strategy="epoch",
@@ -103,7 +102,8 @@ def parse_arguments(
         report_to="none",
         dataloader_num_workers=0,
     )
-    return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    parsed: Any = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    return parsed
 
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments) -> FineTuning:
@@ -116,7 +116,8 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTra
         label_column=data_args.label_column,
         bad_images=data_args.bad_images,
     )
-    names = splits["train"].features["label"].names
+    features: Any = splits["train"].features
+    names = features["label"].names
     model = load_model(model_args, names)
     processor = load_processor(model_args.model_name_or_path, model.config)
     augment = Augment(
@@ -176,7 +177,7 @@ def load_processor(source: str, config: Any) -> HfViTImageProcessor:
 
 
 def export(
-    trained: nn.Module,
+    trained: Any,
     folder: str | Path,
     *,
     task: FineTuning,
