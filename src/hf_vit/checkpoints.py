@@ -221,6 +221,8 @@ def _stored_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | 
         stored, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
     except (RecursionError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source}: config.json is no object of JSON: {error!r}") from error
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{source}: config.json is no object of JSON, but a {type(stored).__name__}")
     return stored
 
 
