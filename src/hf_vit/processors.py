@@ -1,13 +1,12 @@
 """The image processor that belongs to a model, wherever its checkpoint came from."""
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
-from .configuration_hf_vit import HfViTConfig
 from .image_processing_hf_vit import HfViTImageProcessor
 
 
@@ -15,23 +14,24 @@ logger = logging.get_logger(__name__)
 
 
 def processor_of(
-    source: str | Path, config: HfViTConfig, *, image_size: int | Sequence[int] | None = None
+    source: str | Path, config: Any, *, image_size: int | Sequence[int] | None = None
 ) -> HfViTImageProcessor:
     """Return the image processor of the checkpoint at `source`, or of the code base that it comes from.
 
     Args:
         source: What the model was opened with: a folder, a Hub id, a file, a URL, or a name of the catalogue.
-        config: The model's.
+        config: The model's `HfViTConfig`.
         image_size: Pixels of the pictures, one number or (height, width); by default what the model was made for.
     """
     size = config.image_size if image_size is None else image_size
     found = None
     if Path(source).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        with contextlib.suppress(OSError):
+        try:
             found = HfViTImageProcessor.from_pretrained(source)
+        except OSError as error:
+            logger.warning("%s has no image processor, taking the reference's (%s)", source, str(error).split("\n")[0])
     if found is None:
         protocol = "big_vision" if (config.checkpoint_layout or {}).get("dialect") == "big_vision" else "vit_jax"
-        logger.info("%s has no image processor: taking protocol %s", source, protocol)
         found = HfViTImageProcessor.for_model(config, protocol=protocol)
     return at_size(found, size)
 

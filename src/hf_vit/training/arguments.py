@@ -22,6 +22,9 @@ class HfViTTrainingArguments(TrainingArguments):
         ValueError: if an argument is out of its range or the total batch is not a multiple of what one pass takes.
     """
 
+    output_dir: str = field(  # ty: ignore[incompatible-mutable-override]
+        default="trainer_output", metadata={"help": "Where checkpoints and the finished model are put."}
+    )
     total_batch_size: int | None = field(
         default=None, metadata={"help": "Pictures per optimizer step, over all devices and accumulation steps."}
     )

@@ -16,9 +16,10 @@ from transformers import HfArgumentParser
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.atomic import atomic_folder
 from hf_vit.hub import write_model_card
+from hf_vit.processors import processor_of
 from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults
 from hf_vit.training.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
-from hf_vit.training.datasets import load_splits
+from hf_vit.training.datasets import default_num_workers, load_splits
 from hf_vit.training.recipes import find_recipe
 
 
@@ -56,7 +57,7 @@ class DataArguments:
 class FineTuning:
     """Everything that a training loop needs, made from the arguments."""
 
-    model: nn.Module
+    model: Any
     processor: HfViTImageProcessor
     train: AugmentedImages
     test: AugmentedImages
@@ -91,9 +92,8 @@ def parse_arguments(
         defaults["max_steps"] = -1
     if "gradient_accumulation_steps" in given:
         defaults["total_batch_size"] = None
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments, HfViTTrainingArguments], description=description, allow_abbrev=False
-    )
+    kinds: Any = (ModelArguments, DataArguments, HfViTTrainingArguments)
+    parser = HfArgumentParser(kinds, description=description, allow_abbrev=False)
     parser.set_defaults(
         **defaults,
         eval_strategy="epoch",
@@ -101,9 +101,11 @@ def parse_arguments(
         save_total_limit=2,
         logging_steps=10,
         report_to="none",
-        dataloader_num_workers=0,
+        dataloader_num_workers=default_num_workers(),
+        dataloader_persistent_workers=True,
     )
-    return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    parsed: Any = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    return parsed
 
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments) -> FineTuning:
@@ -116,9 +118,10 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTra
         label_column=data_args.label_column,
         bad_images=data_args.bad_images,
     )
-    names = splits["train"].features["label"].names
+    features: Any = splits["train"].features
+    names = features["label"].names
     model = load_model(model_args, names)
-    processor = load_processor(model_args.model_name_or_path, model.config)
+    processor = processor_of(model_args.model_name_or_path, model.config)
     augment = Augment(
         crop_area=(args.crop_scale, 1.0) if args.crop_scale < 1 else None,
         flip=0.5 if args.horizontal_flip else 0.0,
@@ -161,22 +164,8 @@ def load_model(args: ModelArguments, class_names: Sequence[str]) -> HfViTForImag
     return model
 
 
-def load_processor(source: str, config: Any) -> HfViTImageProcessor:
-    """Returns the checkpoint's own preprocessing at the model's size; the reference's where it has none."""
-    has_none = Path(source).is_file() or (
-        Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file()
-    )
-    if has_none:
-        return HfViTImageProcessor.for_model(config)
-    try:
-        processor = HfViTImageProcessor.from_pretrained(source)
-    except OSError:
-        return HfViTImageProcessor.for_model(config)
-    return HfViTImageProcessor.for_model(config, protocol=processor.protocol)
-
-
 def export(
-    trained: nn.Module,
+    trained: Any,
     folder: str | Path,
     *,
     task: FineTuning,

@@ -7,7 +7,7 @@ step; one output folder serves one training.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,13 @@ class HfViTTrainer(Trainer):
         self._logits: torch.Tensor | None = None
         self.add_callback(_StepEnd(self))
 
+    def _own_model(self) -> Any:
+        assert self.model is not None
+        return self.model
+
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # ty: ignore[invalid-method-override]
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # ty: ignore[incompatible-method-override]
         """Trains, from a checkpoint if one is given; the model then has the averaged weights, if there are any.
 
         Args:
@@ -127,13 +131,12 @@ class HfViTTrainer(Trainer):
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         self._logits = outputs.logits.detach()
-        is_training = self.model.training
         if num_items_in_batch is not None and labels.ndim > 1:
             num_items_in_batch = num_items_in_batch / labels.shape[1]  # Trainer counts every number among the labels
         return classification_loss(
             outputs.logits,
             labels,
-            label_smoothing=self.args.label_smoothing_factor if is_training else 0.0,
+            label_smoothing=self.args.label_smoothing_factor if outputs.logits.requires_grad else 0.0,
             num_samples=num_items_in_batch,
         )
 
@@ -165,7 +168,8 @@ class HfViTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns a loader whose order and augmentation depend on (seed, epoch) alone, and on no global generator."""
-        dataset, args = self.train_dataset, self.args
+        dataset: Any = self.train_dataset
+        args = self.args
         is_stream = isinstance(dataset, IterableDataset)
         seed = args.seed if args.data_seed is None else args.data_seed
         workers: dict[str, Any] = {}
@@ -209,7 +213,7 @@ class HfViTTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns the reference's SGD for `optim="sgd"`, Trainer's optimizers for other names, on our groups."""
         if self.optimizer is None:
-            model, args = self.model if model is None else model, self.args
+            model, args = self._own_model() if model is None else model, self.args
             groups = parameter_groups(
                 model,
                 lr=args.learning_rate,
@@ -229,8 +233,10 @@ class HfViTTrainer(Trainer):
         """Returns the reference's schedule for cosine, linear and constant, transformers' for other names."""
         name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
         if self.lr_scheduler is None and name in SCHEDULES:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None
             self.lr_scheduler = create_scheduler(
-                self.optimizer if optimizer is None else optimizer,
+                optimizer,
                 base_lr=self.args.learning_rate,
                 total_steps=num_training_steps,
                 warmup_steps=self.args.get_warmup_steps(num_training_steps),
@@ -262,7 +268,7 @@ class HfViTTrainer(Trainer):
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
 
     @contextlib.contextmanager
-    def _checkpoint_being_written(self, folder: Path) -> Iterator[Path]:
+    def _checkpoint_being_written(self, folder: Path) -> Generator[Path]:
         """Yield a hidden folder, the same on all processes, that becomes `folder` when all have written to it."""
         with contextlib.ExitStack() as stack:
             staging = [str(stack.enter_context(atomic_folder(folder)))] if self.args.should_save else [None]
@@ -278,12 +284,11 @@ class HfViTTrainer(Trainer):
         best = self.state.best_global_step
         if best and (best == self.state.global_step or (run_dir / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
+        kept: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                name = type(callback).__name__
-                stored = self.state.stateful_callbacks.get(name)
-                is_list = isinstance(stored, list)
-                self.state.stateful_callbacks[name] = [*stored, callback.state()] if is_list else callback.state()
+                name, state = type(callback).__name__, callback.state()
+                kept[name] = [*kept[name], state] if isinstance(kept.get(name), list) else state
         self.state.save_to_json(str(staging / "trainer_state.json"))
         (staging / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
@@ -310,7 +315,7 @@ class HfViTTrainer(Trainer):
         if self.is_fsdp_enabled or _is_adapter(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_weights(self.model if model is None else model, resume_from_checkpoint)
+            load_weights(self._own_model() if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
@@ -318,7 +323,7 @@ class HfViTTrainer(Trainer):
         if self.is_fsdp_enabled or _is_adapter(best):
             super()._load_best_model()
         else:
-            load_weights(self.model, best)
+            load_weights(self._own_model(), best)
         if self.ema is not None:
             self._load_ema(best)
             self.ema.exchange()
@@ -331,7 +336,7 @@ class HfViTTrainer(Trainer):
         restore_tensors(load_file(Path(checkpoint) / EMA_FILE), self.ema.averages, origin=f"{checkpoint}/{EMA_FILE}")
 
     def _begin_averaging(self) -> None:
-        self.ema = ExponentialMovingAverage(self.model, self.args.ema_decay)
+        self.ema = ExponentialMovingAverage(self._own_model(), self.args.ema_decay)
         if self._resumed_from is not None:
             self._load_ema(self._resumed_from)
 
