@@ -54,6 +54,7 @@ _COMPANIONS = {
 _TOWER_COMPANIONS = ("txt/", "t", "b")
 _POSITIONS = (VIT_JAX_POSITIONS, OLD_BIG_VISION_POSITIONS, BIG_VISION_POSITIONS)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_LARGE = 8 << 20  # elements of a matrix that is transposed block by block
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(HfViTConfig)} - {
     "architectures", "chunk_size_feed_forward", "dtype", "return_dict", "transformers_version"
 } | {"num_labels", "out_features", "out_indices"}  # fmt: skip
@@ -83,17 +84,27 @@ class JaxCheckpoint:
         Raises:
             CheckpointError: if it is not made of finite floating-point numbers.
         """
-        raw = self.arrays.read(rule.theirs)
-        value = rule.to_ours(raw)
-        if value.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr():
-            value = value.clone()  # our own memory: the file may go
-        if not value.is_floating_point():
-            raise CheckpointError(
-                f"{self.arrays.path}: {rule.theirs} has dtype {value.dtype}; expected floating point"
-            )
+        dtype = self.arrays.dtypes[rule.theirs]
+        if not dtype.is_floating_point:
+            raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has dtype {dtype}; expected floating point")
+        value = self._read(rule)
         if not _is_finite(value):
             raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has NaN or Inf; expected finite numbers")
         return value
+
+    def _read(self, rule: Rule) -> torch.Tensor:
+        index, count = rule.part or (0, 1)
+        if rule.axes == "transposed" and math.prod(rule.ours_shape) > _LARGE:  # in blocks: no second one beside it
+            blocks = math.gcd(rule.ours_shape[1], 16)
+            value = torch.empty(rule.ours_shape, dtype=self.arrays.dtypes[rule.theirs])
+            for i, columns in enumerate(value.chunk(blocks, dim=1)):
+                rows = self.arrays.copy(rule.theirs, (index * blocks + i, count * blocks))
+                columns.copy_(rows.reshape(-1, rule.ours_shape[0]).T)
+            return value
+        value = self.arrays.copy(rule.theirs, (index, count))
+        if rule.part is None:
+            value = value.reshape(rule.theirs_shape)
+        return dataclasses.replace(rule, part=None).to_ours(value)
 
 
 @contextlib.contextmanager
@@ -252,7 +263,7 @@ def write_jax_checkpoint(
         The layout written.
 
     Raises:
-        ValueError: if the dialect has no place for the model, or `state` is not a whole model.
+        ValueError: if the dialect has no place for the model, or `state` is not a whole and finite model.
     """
     names = {name.removeprefix("vit."): name for name in state}
     layout = _layout_to_write(config, dialect)
@@ -267,13 +278,27 @@ def write_jax_checkpoint(
         folded = fold_class_row({name: state[names[name]] for name in pair})
     groups = group_by_theirs(rules)
 
-    def assemble(group: list[Rule]) -> torch.Tensor:
-        parts = [rule.to_theirs(folded.get(rule.ours, state[names[rule.ours]])) for rule in group]
-        whole = parts[0] if group[0].part is None else torch.cat(parts).reshape(group[0].theirs_shape)
-        return _narrowed(whole, layout.dtype)
+    def read(rule: Rule) -> torch.Tensor:
+        value = folded[rule.ours] if rule.ours in folded else state[names[rule.ours]]
+        if tuple(value.shape) != rule.ours_shape or not _is_finite(value):
+            got = "NaN or Inf" if tuple(value.shape) == rule.ours_shape else f"shape {tuple(value.shape)}"
+            raise CheckpointError(f"{names[rule.ours]} has {got}; expected finite numbers of shape {rule.ours_shape}")
+        return value
 
-    write_npz(path, ((name, assemble(groups[name])) for name in sorted(groups)))
+    write_npz(path, ((name, _assemble(groups[name], read, layout.dtype)) for name in sorted(groups)))
     return layout
+
+
+def _assemble(group: list[Rule], read: Callable[[Rule], torch.Tensor], dtype: str) -> torch.Tensor:
+    """Their tensor, of which each rule of `group` gives a part."""
+    whole = group[0].to_theirs(read(group[0]))
+    if group[0].part is not None:
+        stack = whole.new_empty(len(group), whole.numel())
+        stack[0] = whole
+        for row, rule in zip(stack[1:], group[1:], strict=True):
+            row.copy_(rule.to_theirs(read(rule)))
+        whole = stack.reshape(group[0].theirs_shape)
+    return _narrowed(whole, dtype)
 
 
 def _layout_to_write(config: HfViTConfig, dialect: str | None) -> JaxLayout:
@@ -289,6 +314,8 @@ def _layout_to_write(config: HfViTConfig, dialect: str | None) -> JaxLayout:
 def _narrowed(value: torch.Tensor, dtype: str) -> torch.Tensor:
     """`value` in the dtype that its file had, if that loses nothing (a fine-tuned model stays float32)."""
     narrow = value.to(_DTYPES[dtype])
+    if narrow is value:
+        return value
     return narrow if torch.equal(narrow.to(value.dtype), value) else value
 
 
