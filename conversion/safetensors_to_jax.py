@@ -14,30 +14,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
 from hf_vit.checkpoints import write_jax_checkpoint
-from hf_vit.containers import CheckpointError
 from hf_vit.layouts import DIALECTS
+from hf_vit.torch_files import find_weights, open_tensors
 
 
 class SavedTensors(Mapping[str, torch.Tensor]):
     """The tensors of a saved folder, one file or several, each read when it is asked for and not kept."""
 
-    def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    def __init__(self, folder: str):
         self._places: dict[str, Path] = {}
-        for name in sorted(files):
-            if Path(name).name != name:
-                raise CheckpointError(f"{index}: expected files of the same folder, got {name!r}")
-            with _open(folder / name) as weights:
-                self._places |= dict.fromkeys(weights.keys(), folder / name)
+        for path in find_weights(folder, {}):
+            with open_tensors([path]) as tensors:
+                self._places |= dict.fromkeys(tensors.shapes, path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with _open(self._places[name]) as weights:  # its memory map goes with the tensor
+        with safe_open(self._places[name], framework="pt") as weights:  # its memory map goes with the tensor
             return weights.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -47,18 +43,11 @@ class SavedTensors(Mapping[str, torch.Tensor]):
         return len(self._places)
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: expected a safetensors file, got a damaged one: {error}") from error
-
-
 def open_state(model: str) -> tuple[Mapping[str, torch.Tensor], HfViTConfig]:
     """The parameters of a model by name, read lazily where it is a folder in our layout, and its configuration."""
     description = Path(model) / "config.json"
     if description.is_file() and json.loads(description.read_text()).get("model_type") == HfViTConfig.model_type:
-        return SavedTensors(Path(model)), HfViTConfig.from_pretrained(model)
+        return SavedTensors(model), HfViTConfig.from_pretrained(model)
     loaded, info = HfViTForImageClassification.from_pretrained(model, output_loading_info=True)
     new = set(info["missing_keys"])  # a head that the model does not have
     return {name: value for name, value in loaded.state_dict().items() if name not in new}, loaded.config

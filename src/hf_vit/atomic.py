@@ -144,7 +144,8 @@ def exclusive_lock(folder: str | Path) -> Generator[None]:
         yield
     finally:
         _held_locks.discard(str(path))
-        path.unlink(missing_ok=True)
+        if _is_at(descriptor, path):
+            path.unlink()
         os.close(descriptor)
 
 
@@ -157,36 +158,32 @@ def _staging(target: Path, needed: int | None) -> Generator[Path]:
     _sweep(target)
     free = shutil.disk_usage(target.parent).free
     if needed is not None and free < needed:
-        raise OSError(errno.ENOSPC, f"disk full: {free} bytes free, {needed} needed; nothing was changed", str(target))
+        raise OSError(errno.ENOSPC, f"disk full: {free} bytes free, {needed} needed; nothing was written", str(target))
     staging, lock = _make_sibling(target)
     try:
         yield staging
     except Exception as error:
-        if not _is_disk_full(error):
+        code = _disk_full_code(error)
+        if code is None:
             raise
-        free = shutil.disk_usage(target.parent).free
-        written = sum(file.lstat().st_size for file in staging.rglob("*") if not file.is_dir())
-        wanted = f", {needed} needed" if needed is not None else ""
-        message = (
-            f"disk full: {free} bytes free after {written} were written{wanted}; nothing was changed, free some space"
-        )
-        raise OSError(errno.ENOSPC, message, str(target)) from error
+        raise OSError(code, _explain_disk_full(code, staging, needed), str(target)) from error
     finally:
         _unlock(lock)
         os.close(lock)
         _remove_unless_in_use(staging, known_dead=True)
+        with contextlib.suppress(OSError):
+            _sweep(target)  # a writer that replaced our folder while we had it locked could not remove it
 
 
 def _make_sibling(target: Path) -> tuple[Path, int]:
     while True:
         staging = target.with_name(f"{_sibling_prefix(target)}{secrets.token_hex(8)}.partial")
         staging.mkdir()
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # no flock here: then nobody sweeps either
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(lock, staging):
-            return staging, lock
-        os.close(lock)  # swept by another writer between mkdir and flock
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+            if _lock_alone(lock) is not False and _is_at(lock, staging):
+                return staging, lock
+            os.close(lock)  # another writer took it for dead between mkdir and flock, and removes it
 
 
 def _sibling_prefix(target: Path) -> str:
@@ -211,17 +208,22 @@ def _remove_unless_in_use(folder: Path, *, known_dead: bool = False) -> None:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        removable = _is_at(lock, folder)  # else it is the target by now
-    except BlockingIOError:
-        removable = False
-    except OSError:
-        removable = known_dead
-    if removable:
+    is_alone = _lock_alone(lock)
+    if (known_dead if is_alone is None else is_alone) and _is_at(lock, folder):  # else it is the target by now
         shutil.rmtree(folder, ignore_errors=True)
     _unlock(lock)
     os.close(lock)
+
+
+def _lock_alone(descriptor: int) -> bool | None:
+    """Try to lock; return whether it worked, None where this filesystem has no flock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _unlock(descriptor: int) -> None:
@@ -238,21 +240,33 @@ def _is_at(descriptor: int, path: str | Path) -> bool:
         return False
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+def _disk_full_code(error: BaseException | None) -> int | None:
+    """Return the errno if `error`, or what caused it, is a disk or a quota that has no room left."""
     while error is not None:
-        if getattr(error, "errno", None) in _DISK_FULL or any(f"os error {code}" in str(error) for code in _DISK_FULL):
-            return True  # libraries written in Rust give the number in the text only
+        for code in _DISK_FULL:
+            if getattr(error, "errno", None) == code or f"os error {code})" in str(error):
+                return code  # libraries written in Rust give the number in the text only
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def _explain_disk_full(code: int, staging: Path, needed: int | None) -> str:
+    free = shutil.disk_usage(staging).free
+    written = sum(file.lstat().st_size for file in staging.rglob("*") if not file.is_dir())
+    wanted = f", {needed} needed" if needed is not None else ""
+    return f"{os.strerror(code)}: {free} bytes free, {written} written{wanted}; nothing was changed, make room"
 
 
 # -- into place -------------------------------------------------------------------------------------------------------
 
 
 def _check_replaceable(target: Path) -> None:
+    is_current = False
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "expected a folder, got a file; choose another name", str(target))
-    if Path.cwd().is_relative_to(target):
+    with contextlib.suppress(FileNotFoundError):  # the current folder itself may be gone
+        is_current = Path.cwd().is_relative_to(target)
+    if is_current:
         raise ValueError(
             f"{target} holds the current folder, which cannot be replaced whole: write to a folder inside it"
         )
@@ -323,12 +337,13 @@ def _exchange(staging: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
-        aside = staging.with_suffix(".old")
+        aside = target.with_name(f"{_sibling_prefix(target)}{secrets.token_hex(8)}.old")
         os.rename(target, aside)
         try:
             os.rename(staging, target)
         except OSError:
-            os.rename(aside, target)
+            with contextlib.suppress(OSError):  # if another writer's folder came in between, this old one is obsolete
+                os.rename(aside, target)
             raise
         os.rename(aside, staging)
 

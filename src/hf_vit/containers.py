@@ -28,7 +28,7 @@ from .atomic import atomic_file
 from .flax_msgpack import MAX_DIMENSIONS, MAX_NAME, scan_arrays
 
 
-MAX_MEMBERS = 20_000  # ViT-G with Adam moments, one member per array, has about 2,500
+MAX_MEMBERS = 10_000  # ViT-G with Adam moments, one member per array, has about 2,500
 MAX_HEADER = 10_000  # bytes of one .npy header
 MAX_INFLATION = 20  # deflated weights gain about 8%; a file may also hold all-zero heads and fresh optimizer moments
 FREE_INFLATION = 32 << 20  # bytes that any file may unpack to, however small it is
@@ -477,10 +477,10 @@ def _inflate(data: mmap.mmap, array: _Stored) -> bytearray:
     try:
         for position in range(start, start + packed, 1 << 14):
             chunk = inflater.decompress(data[position : min(position + (1 << 14), start + packed)], size - filled + 1)
-            if filled + len(chunk) > size:
-                break
-            buffer[filled : filled + len(chunk)] = chunk
+            buffer[filled : filled + len(chunk)] = chunk  # grows by one byte if there is too much
             filled += len(chunk)
+            if filled > size:
+                break
     except zlib.error as error:
         raise ValueError(f"expected deflated data, got something else ({error}); {_AGAIN}") from error
     if filled != size or not inflater.eof or inflater.unused_data:

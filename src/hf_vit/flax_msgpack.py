@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 MAX_DEPTH = 64
-MAX_ENTRIES = 50_000
+MAX_ENTRIES = 20_000
 MAX_NAME = 512
 MAX_DIMENSIONS = 32
 _CHUNKED = "__msgpack_chunked_array__"
@@ -60,7 +60,7 @@ def scan_arrays(data) -> dict[str, FlaxArray]:
     Args:
         data: the whole file; anything that gives `bytes` when sliced (a memory map).
     Raises:
-        ValueError: the bytes are not such a tree, or go beyond 64 levels or 50,000 entries.
+        ValueError: the bytes are not such a tree, or go beyond 64 levels or 20,000 entries.
     """
     scanner = _Scanner(data)
     end = scanner.scan_map("", scanner.token(0, len(data)), len(data), 0)

@@ -52,7 +52,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "resample": PILImageResampling.BOX,
         "rounding": "truncate",
         "do_center_crop": True,
-        "crop_pct": 224 / 256,
+        "crop_pct": 0.875,
     },
     "timm": {
         "resample": PILImageResampling.BICUBIC,
@@ -70,7 +70,7 @@ GEOMETRIES = ("tensorflow", "torchvision", "transformers")
 
 # The file formats in which pictures for a classifier come, and which every build of Pillow reads by itself. Not here:
 # EPS (runs an interpreter), icons, video, and what a build may or may not read (AVIF, JPEG 2000, HEIC).
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 ORIENTATION = 0x0112  # the tag in EXIF
 
@@ -123,17 +123,19 @@ def interpolate_bilinear(image: torch.Tensor, height: int, width: int) -> torch.
         (C, height, width) float32, in the units of `image`.
     Source: TensorFlow 2.21, resize_bilinear_op.cc; equal to the last bit on the recorded pictures.
     """
-    device = image.device
-    top, bottom, down = (part.to(device) for part in _neighbours(image.shape[1], height))
-    left, right, across = (part.to(device) for part in _neighbours(image.shape[2], width))
+    pixels = image.permute(1, 2, 0)  # (H, W, C), the layout that pictures are decoded in
+    top, bottom, down = (part.to(image.device) for part in _neighbours(len(pixels), height))
+    left, right, across = (part.to(image.device) for part in _neighbours(pixels.shape[1], width))
+    across = across.repeat_interleave(len(image))  # (w * C)
 
     def resized_rows(rows: torch.Tensor) -> torch.Tensor:
-        strip = image.index_select(1, rows)  # (C, h, W)
-        start = strip.index_select(2, left).float()  # (C, h, w)
-        return start + (strip.index_select(2, right).float() - start) * across
+        strip = pixels.index_select(0, rows)  # (h, W, C)
+        start = strip.index_select(1, left).flatten(1).float()  # (h, w * C)
+        return strip.index_select(1, right).flatten(1).float().sub_(start).mul_(across).add_(start)
 
     upper = resized_rows(top)
-    return upper + (resized_rows(bottom) - upper) * down[:, None]
+    resized = resized_rows(bottom).sub_(upper).mul_(down[:, None]).add_(upper)
+    return resized.unflatten(1, (width, len(image))).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=256)
@@ -350,9 +352,7 @@ def _from_timm(pretrained: dict[str, Any]) -> dict[str, Any]:
     crop_pct, mode = pretrained.get("crop_pct") or 0.875, pretrained.get("crop_mode") or "center"
     resample = (pretrained.get("interpolation") or "bicubic").upper()
     if mode not in ("center", "squash") or (mode == "center" and height != width):
-        raise ValueError(
-            f"crop_mode is {mode} at {height}x{width}: expected squash, or center of a square; give our own fields"
-        )
+        raise ValueError(f"crop_mode is {mode} at {height}x{width}: expected squash, or center of a square")
     if resample not in PILImageResampling.__members__:
         raise ValueError(f"interpolation is {resample.lower()}: expected a filter of Pillow, such as bicubic")
     resized = {"height": floor(height / crop_pct), "width": floor(width / crop_pct)}
@@ -454,6 +454,8 @@ class _Protocols(BaseImageProcessor):
             governed = {"crop_size"}.union(*PROTOCOLS.values())
             fields = {name: value for name, value in fields.items() if name not in governed}
             fields |= {"size": result} if result else {}
+        elif "size" in kwargs and fields.get("crop_pct"):
+            fields.pop("crop_size", None)  # the size given is that of the result
         return super().from_dict(fields, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
@@ -463,7 +465,10 @@ class _Protocols(BaseImageProcessor):
         if isinstance(image_url_or_urls, (str, PathLike)):
             path = fspath(image_url_or_urls)
             if isinstance(image_url_or_urls, PathLike) or isfile(path):
-                return Image.open(path, formats=IMAGE_FORMATS)
+                with Image.open(path, formats=IMAGE_FORMATS) as image:
+                    image = upright(image)
+                    image.load()
+                    return image
             return load_image(path)
         return super().fetch_images(image_url_or_urls)
 
@@ -535,7 +540,8 @@ class _Protocols(BaseImageProcessor):
         factor = 1 / fields.rescale_factor if fields.do_rescale else 1.0
         mean = torch.tensor(fields.image_mean, device=image.device).view(-1, 1, 1) * factor
         std = torch.tensor(fields.image_std, device=image.device).view(-1, 1, 1) * factor
-        return image.float().sub(mean).div_(std).contiguous()
+        image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return image.sub_(mean).div_(std)
 
     def _resized(self, image: torch.Tensor, fields: SimpleNamespace) -> torch.Tensor:
         """Returns (C, h, w): uint8 where an 8-bit picture's pixels are made whole, else float32."""

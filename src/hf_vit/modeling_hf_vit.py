@@ -298,8 +298,14 @@ def _uniform_probe(parameter: torch.Tensor) -> None:
     init.uniform_(parameter, -limit, limit)
 
 
+def _lecun_normal(parameter: torch.Tensor) -> None:
+    """flax's lecun_normal: variance 1 / fan_in, cut at two deviations (transformers' own is not cut there)."""
+    std = parameter[0].numel() ** -0.5 / 0.87962566103423978
+    init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+
 # How each parameter starts, by the end of its name; the first match counts. A function of (parameter, config).
-# Source: the initialisers of models_vit.py, models_resnet.py and big_vision/models/vit.py; "lecun" is truncated.
+# Source: the initialisers of models_vit.py, models_resnet.py and big_vision/models/vit.py.
 INITIALIZATION: tuple[tuple[str, Callable[[torch.Tensor, HfViTConfig], Any]], ...] = (
     (r"\b(query|key|value|out|fc1|fc2)\.weight", lambda p, config: init.xavier_uniform_(p)),
     (r"\b(fc1|fc2)\.bias", lambda p, config: init.normal_(p, std=1e-6)),
@@ -311,7 +317,7 @@ INITIALIZATION: tuple[tuple[str, Callable[[torch.Tensor, HfViTConfig], Any]], ..
         r"\bclassifier\.weight",
         lambda p, config: init.zeros_(p) if config.zero_init_head else init.trunc_normal_(p, std=0.02),
     ),
-    (r"\.weight", lambda p, config: init.lecun_normal_(p)),  # patches, the stem's convolutions, pre_logits, decoder
+    (r"\.weight", lambda p, config: _lecun_normal(p)),  # patches, the stem's convolutions, pre_logits, decoder
     (r"\b(bias|cls_token|mask_token)", lambda p, config: init.zeros_(p)),
 )
 
@@ -377,6 +383,11 @@ class HfViTPreTrainedModel(PreTrainedModel):
         embeddings = self.base_model.embeddings
         assert isinstance(embeddings, Embeddings)
         return embeddings
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any):
+        """Push with image processor, code and card in one commit; without the package, as transformers does."""
+        hub = _installed_module("hub")
+        return super().push_to_hub(repo_id, **kwargs) if hub is None else hub.push(self, repo_id, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self._embeddings.patch_embeddings

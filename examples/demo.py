@@ -1,0 +1,170 @@
+"""From an original JAX checkpoint to a fine-tuned model on the Hub's terms, in one run of a few minutes.
+
+python examples/demo.py [--output_dir demo_output]
+
+A small Vision Transformer, trained on MNIST by the JAX code, is converted and held to what the JAX code computed; then
+it learns another set of handwriting, scikit-learn's digits, next to the same network from random weights.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, pipeline, set_seed
+
+from hf_vit import HfViTForImageClassification, HfViTImageProcessor
+from hf_vit.checkpoints import convert_jax_checkpoint
+from hf_vit.containers import open_arrays
+from hf_vit.training.augmentation import collate_images
+from hf_vit.training.finetuning import FineTuning, card_settings, export, parse_arguments, prepare
+from hf_vit.training.interruption import TrainingInterrupted
+from hf_vit.training.metrics import TopKAccuracy, compute_metrics, summarize_logits
+from hf_vit.training.trainer import HfViTTrainer
+
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+PARITY_BOUND = 1e-5  # largest difference at the logits, float32
+
+
+@dataclass
+class DemoArguments:
+    """Where the demo writes, and how long it learns."""
+
+    output_dir: str = field(default="demo_output", metadata={"help": "Folder for everything that the demo makes."})
+    num_train_epochs: int = field(default=20, metadata={"help": "Passes over the 1,437 training pictures."})
+
+
+def main(argv: list[str]) -> int:
+    parser = HfArgumentParser(DemoArguments, description=(__doc__ or "").splitlines()[0])
+    args: Any = parser.parse_args_into_dataclasses(argv)[0]
+    out = Path(args.output_dir)
+    print("1. Convert the checkpoint of the JAX code to safetensors")
+    convert_jax_checkpoint(CHECKPOINTS / "vit-mnist.npz", out / "converted")
+    difference = measure_parity(out / "converted")
+    print(f"   largest difference from the JAX code at the logits: {difference:.1e} (bound {PARITY_BOUND:.0e})")
+    if difference > PARITY_BOUND:
+        print("   the converted model does not compute what the JAX code computes", file=sys.stderr)
+        return 1
+
+    print("2. Fine-tune it on 1,437 handwritten digits that it has never seen, and the same network from nothing")
+    try:
+        task, before, tuned, scratch, seconds = compare(out, args.num_train_epochs)
+    except TrainingInterrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return interruption.exit_status
+
+    model_dir = out / "model"
+    pictures = [task.test.dataset[i]["image"] for i in range(0, len(task.test), len(task.test) // 8)][:8]
+    labels = draw(model_dir, pictures, out / "predictions.png")
+    print(f"\n3. The finished folder, opened by pipeline: {' '.join(labels)}\n")
+    print("   accuracy on held-out digits")
+    print(f"   converted, before fine-tuning   {before:7.2%}")
+    print(f"   fine-tuned from the checkpoint  {tuned:7.2%}   ({seconds:.0f} s of training)")
+    print(f"   the same training from nothing  {scratch:7.2%}")
+    print(f"\nPredictions and attention: {out / 'predictions.png'}")
+    print(f"The model lies in {model_dir}. To load it:")
+    print("    import hf_vit")
+    print("    from transformers import pipeline")
+    print(f'    pipeline("image-classification", model="{model_dir}")')
+    return 0
+
+
+def measure_parity(folder: Path) -> float:
+    """Return the largest difference between the logits of the model in `folder` and those that the JAX code stored."""
+    model = HfViTForImageClassification.from_pretrained(folder)
+    with open_arrays(CHECKPOINTS / "vit-mnist.io.npz") as stored, torch.no_grad():
+        pixels = stored.read("pixels").permute(0, 3, 1, 2)  # (B, C, H, W)
+        return (model(pixels).logits - stored.read("logits")).abs().max().item()
+
+
+def compare(out: Path, epochs: int) -> tuple[FineTuning, float, float, float, float]:
+    """Return the task, accuracy before and after fine-tuning and from random weights, and the seconds it took."""
+    model_args, data_args, args = parse_arguments(
+        [
+            f"--model_name_or_path={out / 'converted'}",
+            "--dataset=digits",
+            f"--output_dir={out / 'model'}",
+            f"--num_train_epochs={epochs}",
+            "--save_total_limit=1",
+        ],
+        description="",
+    )
+    set_seed(args.seed)
+    task = prepare(model_args, data_args, args)
+    before = measure_accuracy(HfViTForImageClassification.from_pretrained(out / "converted"), task)
+    print(f"   before: {before:.1%} of {len(task.test)} held-out digits; the model knows other handwriting")
+    started = time.perf_counter()
+    trainer, results = train(task, args)
+    seconds = time.perf_counter() - started
+    export(
+        trainer.model,
+        args.output_dir,
+        task=task,
+        results=results,
+        settings=card_settings(model_args, data_args, args, results),
+    )
+    set_seed(args.seed)
+    empty = HfViTForImageClassification(task.model.config)
+    args = dataclasses.replace(args, output_dir=str(out / "from_scratch"))
+    _, scratch = train(dataclasses.replace(task, model=empty), args)
+    return task, before, results["eval_accuracy"], scratch["eval_accuracy"], seconds
+
+
+def measure_accuracy(model: HfViTForImageClassification, task: FineTuning) -> float:
+    """Return the share of held-out pictures whose class the model finds."""
+    metric = TopKAccuracy()
+    with torch.no_grad():
+        for batch in DataLoader(task.test, batch_size=64, collate_fn=collate_images):
+            ranked = model(batch["pixel_values"]).logits.argsort(dim=-1, descending=True)
+            metric.add_batch(predictions=ranked.numpy(), references=batch["labels"].numpy())
+    return (metric.compute() or {})["accuracy"]
+
+
+def train(task: FineTuning, args: Any) -> tuple[HfViTTrainer, dict[str, float]]:
+    """Train and evaluate `task.model`; return the trainer and its results."""
+    trainer = HfViTTrainer(
+        model=task.model,
+        args=args,
+        train_dataset=task.train,
+        eval_dataset=task.test,
+        processing_class=task.processor,
+        data_collator=task.collator,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=summarize_logits,
+    )
+    trainer.train()
+    return trainer, trainer.evaluate()
+
+
+def draw(folder: Path, pictures: list[Any], path: Path) -> list[str]:
+    """Draw what the model in `folder` sees in `pictures`, and where its class token looks; return the labels."""
+    classify = pipeline("image-classification", model=str(folder))
+    answers = [best[0] for best in classify(pictures, top_k=1)]
+    model = HfViTForImageClassification.from_pretrained(folder)
+    processor = HfViTImageProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        attentions = model(**processor(pictures, return_tensors="pt"), output_attentions=True).attentions
+    looked_at = attentions[-1].mean(dim=1)[:, 0, 1:]  # (B, h*w): the class token of the last block, mean over heads
+    figure, axes = plt.subplots(2, len(pictures), figsize=(1.5 * len(pictures), 3.6), squeeze=False)
+    for i, (picture, answer) in enumerate(zip(pictures, answers, strict=True)):
+        axes[0, i].imshow(picture)
+        axes[0, i].set_title(f"{answer['label']} ({answer['score']:.0%})")
+        axes[1, i].imshow(looked_at[i].unflatten(0, model.config.grid_size), cmap="magma")
+    axes[0, 0].set_ylabel("prediction")
+    axes[1, 0].set_ylabel("attention")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return [answer["label"] for answer in answers]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

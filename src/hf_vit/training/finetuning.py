@@ -1,0 +1,242 @@
+"""What the fine-tuning commands share: their arguments, the model with its new head, the pictures, the export."""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import HfArgumentParser
+
+from hf_vit import HfViTForImageClassification, HfViTImageProcessor
+from hf_vit.atomic import atomic_folder
+from hf_vit.hub import write_model_card
+from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults
+from hf_vit.training.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
+from hf_vit.training.datasets import load_splits
+from hf_vit.training.recipes import find_recipe
+
+
+# What belongs to the exported model, and is replaced with it; checkpoints, logs and the lock in the folder stay.
+EXPORTED = ("*.json", "*.safetensors", "README.md", ".eval_results")
+_MAGNITUDE_UNIT = 3  # torchvision counts RandAugment's strength to 30, the papers and our recipes to 10
+
+
+@dataclass
+class ModelArguments:
+    """The model to begin with."""
+
+    model_name_or_path: str = field(metadata={"help": "An original .npz, a folder, a Hub id or a catalogue name."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels; the model's own if not given."})
+    hidden_dropout_prob: float = field(default=0.0, metadata={"help": "Dropout, as the reference has it."})
+    drop_path_rate: float = field(default=0.0, metadata={"help": "Of the last block; blocks below drop less."})
+    trainable: str = field(default="all", metadata={"help": "What learns.", "choices": ["all", "head", "lora"]})
+    lora_rank: int = field(default=16, metadata={"help": "Of the adapters, with --trainable lora."})
+
+
+@dataclass
+class DataArguments:
+    """The pictures to learn from."""
+
+    dataset: str = field(metadata={"help": "`digits`, a folder of class folders, a parquet file or a Hub id."})
+    recipe: str = field(default="adamw", metadata={"help": "Named settings; any flag overrides; `list` prints them."})
+    image_column: str | None = field(default=None, metadata={"help": "Where the names leave a choice."})
+    label_column: str | None = field(default=None, metadata={"help": "Where the names leave a choice."})
+    test_size: float = field(default=0.2, metadata={"help": "Held out of each class, where nothing is held out yet."})
+    split_seed: int = field(default=0, metadata={"help": "Of that split; not --seed, so that runs stay comparable."})
+    bad_images: str = field(default="fail", metadata={"help": "Unreadable pictures.", "choices": ["fail", "skip"]})
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Everything that a training loop needs, made from the arguments."""
+
+    model: Any
+    processor: HfViTImageProcessor
+    train: AugmentedImages
+    test: AugmentedImages
+    collator: Any
+    class_names: list[str]
+
+
+def wants_recipes(argv: Sequence[str]) -> bool:
+    """Tells whether the command line asks for the list of recipes."""
+    return "--recipe=list" in argv or ("--recipe", "list") in pairwise(argv)
+
+
+def parse_arguments(
+    argv: Sequence[str], description: str
+) -> tuple[ModelArguments, DataArguments, HfViTTrainingArguments]:
+    """Reads the command line, with the recipe's settings as defaults.
+
+    A flag for epochs replaces the recipe's number of steps; one for accumulation steps replaces its total batch.
+
+    Raises:
+        ValueError: if the recipe is unknown or an argument is out of its range.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="adamw")
+    first.add_argument("--dataset")
+    chosen, _ = first.parse_known_args(argv)
+    defaults = recipe_defaults(
+        find_recipe(chosen.recipe), chosen.dataset, world_size=int(os.environ.get("WORLD_SIZE", "1"))
+    )
+    given = {argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in argv if argument[:2] == "--"}
+    if "num_train_epochs" in given:
+        defaults["max_steps"] = -1
+    if "gradient_accumulation_steps" in given:
+        defaults["total_batch_size"] = None
+    kinds: Any = (ModelArguments, DataArguments, HfViTTrainingArguments)
+    parser = HfArgumentParser(kinds, description=description, allow_abbrev=False)
+    parser.set_defaults(
+        **defaults,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        logging_steps=10,
+        report_to="none",
+        dataloader_num_workers=0,
+    )
+    parsed: Any = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    return parsed
+
+
+def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments) -> FineTuning:
+    """Opens the pictures, then the model, with a new head unless it knows just these classes already."""
+    splits = load_splits(
+        data_args.dataset,
+        seed=data_args.split_seed,
+        test_size=data_args.test_size,
+        image_column=data_args.image_column,
+        label_column=data_args.label_column,
+        bad_images=data_args.bad_images,
+    )
+    features: Any = splits["train"].features
+    names = features["label"].names
+    model = load_model(model_args, names)
+    processor = load_processor(model_args.model_name_or_path, model.config)
+    augment = Augment(
+        crop_area=(args.crop_scale, 1.0) if args.crop_scale < 1 else None,
+        flip=0.5 if args.horizontal_flip else 0.0,
+        randaugment_ops=args.randaugment_layers,
+        randaugment_magnitude=_MAGNITUDE_UNIT * args.randaugment_magnitude,
+        erasing=args.random_erasing,
+    )
+    is_mixed = args.mixup_alpha > 0 or args.cutmix_alpha > 0
+    return FineTuning(
+        model=_choose_trainable(model, model_args),
+        processor=processor,
+        train=AugmentedImages(splits["train"], processor, augment=augment, seed=args.seed),
+        test=AugmentedImages(splits["test"], processor),
+        collator=MixingCollator(len(names), args.mixup_alpha, args.cutmix_alpha, seed=args.seed)
+        if is_mixed
+        else collate_images,
+        class_names=names,
+    )
+
+
+def load_model(args: ModelArguments, class_names: Sequence[str]) -> HfViTForImageClassification:
+    """Returns the model with these classes; the head is zeros, as in the reference, unless it had the same names."""
+    labels = {str(index): name for index, name in enumerate(class_names)}
+    fields: dict[str, Any] = {
+        "hidden_dropout_prob": args.hidden_dropout_prob,
+        "drop_path_rate": args.drop_path_rate,
+    }
+    if args.image_size is not None:
+        fields["image_size"] = args.image_size
+    model = HfViTForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        num_labels=len(class_names),
+        id2label={int(index): name for index, name in labels.items()},
+        label2id={name: int(index) for index, name in labels.items()},
+        **fields,
+    )
+    if list(_names_in(args.model_name_or_path)) != list(class_names):
+        nn.init.zeros_(model.classifier.weight)
+        nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+def load_processor(source: str, config: Any) -> HfViTImageProcessor:
+    """Returns the checkpoint's own preprocessing at the model's size; the reference's where it has none."""
+    has_none = Path(source).is_file() or (
+        Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file()
+    )
+    if has_none:
+        return HfViTImageProcessor.for_model(config)
+    try:
+        processor = HfViTImageProcessor.from_pretrained(source)
+    except OSError:
+        return HfViTImageProcessor.for_model(config)
+    return HfViTImageProcessor.for_model(config, protocol=processor.protocol)
+
+
+def export(
+    trained: Any,
+    folder: str | Path,
+    *,
+    task: FineTuning,
+    results: Mapping[str, float],
+    settings: Mapping[str, Any],
+) -> Path:
+    """Puts the finished model into `folder`, whole: configuration, weights, processor, card, `results.json`.
+
+    Adapters are merged into the weights they adapt, so that the folder opens without PEFT.
+    """
+    if hasattr(trained, "merge_and_unload"):
+        trained = trained.merge_and_unload()
+    with atomic_folder(folder, owned=EXPORTED) as staging:
+        trained.save_pretrained(staging)
+        task.processor.save_pretrained(staging)
+        (staging / "results.json").write_text(json.dumps(dict(results), indent=2) + "\n", encoding="utf-8")
+        write_model_card(staging, repo_id=Path(folder).resolve().name, recipe=settings)
+    return Path(folder)
+
+
+def card_settings(
+    model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments, results: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns what a reader of the model card wants to know of the training, by name."""
+    shown = {item.name for item in dataclasses.fields(HfViTTrainingArguments)}
+    recipe = find_recipe(data_args.recipe).arguments(data_args.dataset)
+    return {
+        "fine-tuned from": Path(model_args.model_name_or_path).name,
+        "dataset": data_args.dataset if "/" not in data_args.dataset else Path(data_args.dataset).name,
+        "recipe": data_args.recipe,
+        **{name: getattr(args, name) for name in recipe if name in shown},
+        "seed": args.seed,
+        **{name.removeprefix("eval_"): round(value, 4) for name, value in results.items() if "accuracy" in name},
+    }
+
+
+def _choose_trainable(model: HfViTForImageClassification, args: ModelArguments) -> nn.Module:
+    if args.trainable == "head":
+        model.vit.requires_grad_(False)
+    if args.trainable != "lora":
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--trainable lora needs PEFT: pip install peft") from error
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank,
+        lora_dropout=0.1,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(model, config)
+
+
+def _names_in(source: str) -> list[str]:
+    """Class names that a folder's config gives; none for a file or a Hub id, whose heads are made anew."""
+    config = Path(source) / "config.json"
+    if not config.is_file():
+        return []
+    labels = json.loads(config.read_text(encoding="utf-8")).get("id2label") or {}
+    return [labels[key] for key in sorted(labels, key=int)]

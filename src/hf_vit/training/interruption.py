@@ -1,0 +1,113 @@
+"""Being told to stop: signals that end training at a step's end, and loader workers that die or outlive them."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+import torch
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingInterrupted(RuntimeError):  # noqa: N818
+    """Training was told to stop and did so at the end of a step, with everything saved.
+
+    Args:
+        signal_number: what told it.
+        checkpoint: folder to resume from, whole; None if there was no step to save.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: str | None):
+        self.signal_number = signal_number
+        self.checkpoint = checkpoint
+        where = f"everything is saved in {checkpoint}" if checkpoint else "before the first step: nothing to save"
+        super().__init__(f"training was stopped by {signal.Signals(signal_number).name}; {where}")
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as of a process that the signal killed: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signal_number
+
+
+class StopSignals:
+    """A context in which the first SIGINT or SIGTERM is noted in `received` and the second ends the process at once.
+
+    Outside the main thread, where Python takes no signals, it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # ty: ignore[invalid-argument-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+
+    def agreed(self, device: torch.device) -> int | None:
+        """Returns the signal that any process of the group has received, the same on all of them."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.received
+        number = torch.tensor(self.received or 0, device=device)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        return int(number) or None
+
+
+def leave_signals_to_the_trainer(worker_id: int) -> None:
+    """Makes a loader worker ignore the signals that its whole process group gets; it ends when its parent does."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class WorkerDeaths:
+    """Lets the death of a loader worker be noticed while a batch is fetched, and never in the middle of a step.
+
+    torch raises from a handler of SIGCHLD, wherever the main thread is: in the middle of an optimizer step, too, after
+    which half of the parameters have moved.
+    """
+
+    def __init__(self) -> None:
+        self._raise_if_dead = None
+        self._is_fetching = False
+        self._is_pending = False
+
+    def __enter__(self) -> "WorkerDeaths":
+        self._adopt()
+        self._is_fetching = True
+        try:
+            if self._is_pending and self._raise_if_dead is not None:
+                self._is_pending = False
+                self._raise_if_dead(signal.SIGCHLD, None)
+        except BaseException:
+            self._is_fetching = False
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_fetching = False
+
+    def _adopt(self) -> None:
+        """Stands before the handler that torch installs with the first workers."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        is_main = threading.current_thread() is threading.main_thread()
+        if callable(handler) and handler != self._note and is_main:
+            self._raise_if_dead = handler
+            signal.signal(signal.SIGCHLD, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._is_fetching and self._raise_if_dead is not None:
+            self._raise_if_dead(number, frame)
+        else:
+            self._is_pending = True

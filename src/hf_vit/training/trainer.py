@@ -1,0 +1,364 @@
+"""transformers' Trainer with the reference's optimizer and schedule, soft labels, and nothing lost or wrong.
+
+What it holds beyond Trainer: checkpoints are whole and verified; resume restores every tensor and continues bit for
+bit; a signal ends training at a step's end with a checkpoint; a non-finite loss or gradient stops before the optimizer
+step; one output folder serves one training.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from hf_vit.atomic import atomic_folder, exclusive_lock
+from hf_vit.containers import CheckpointError
+from hf_vit.training.arguments import HfViTTrainingArguments
+from hf_vit.training.augmentation import EpochSampler, collate_images
+from hf_vit.training.checkpointing import (
+    load_weights,
+    newest_complete_checkpoint,
+    restore_tensors,
+    verify_checkpoint,
+    write_manifest,
+)
+from hf_vit.training.ema import ExponentialMovingAverage
+from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, leave_signals_to_the_trainer
+from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
+from hf_vit.training.optimizers import SCHEDULES, MomentumSGD, clip_by_global_norm_, create_scheduler, parameter_groups
+
+
+logger = logging.getLogger(__name__)
+
+EMA_FILE = "ema.safetensors"
+
+
+class HfViTTrainer(Trainer):
+    """Trainer of image classifiers.
+
+    Args:
+        train_dataset: `AugmentedImages`, or a stream of the same samples.
+        data_collator: of training batches; the evaluation's is always `collate_images`.
+    """
+
+    args: HfViTTrainingArguments
+
+    def __init__(self, *args: Any, data_collator: Callable = collate_images, **kwargs: Any):
+        super().__init__(*args, data_collator=collate_images, compute_loss_func=self._loss, **kwargs)
+        self.train_collator = data_collator
+        self.ema: ExponentialMovingAverage | None = None
+        self._resumed_from: str | None = None
+        self._last_saved_step: int | None = None
+        self._signals = StopSignals()
+        self._worker_deaths = WorkerDeaths()
+        self._batch_indices: list[torch.Tensor] = []
+        self._logits: torch.Tensor | None = None
+        self.add_callback(_StepEnd(self))
+
+    def _own_model(self) -> Any:
+        assert self.model is not None
+        return self.model
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # ty: ignore[invalid-method-override]
+        """Trains, from a checkpoint if one is given; the model then has the averaged weights, if there are any.
+
+        Args:
+            resume_from_checkpoint: a folder; or True or `last`, the newest complete one in the output folder.
+        Raises:
+            TrainingInterrupted: if SIGINT or SIGTERM came; everything is saved.
+            NonFiniteLossError: if a loss or gradient is not finite; the last checkpoint is as it was.
+            CheckpointError: if the checkpoint is damaged, or does not hold every tensor of the model.
+            RuntimeError: if another training holds the output folder, or a loader worker dies or stalls.
+        """
+        lock = exclusive_lock(self.args.output_dir) if self.args.should_save else contextlib.nullcontext()
+        with lock, StopSignals() as self._signals:
+            self._resumed_from = self._checkpoint_to_resume(resume_from_checkpoint)
+            result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
+        if self.ema is not None:
+            if not self._is_best_loaded():
+                self.ema.exchange()
+            self.ema = None
+        return result
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
+        """Fetches the batches of one optimizer step; where that fails, saves what has been trained, then says so."""
+        self._batch_indices.clear()
+        try:
+            with self._worker_deaths:
+                return super().get_batch_samples(epoch_iterator, num_batches, device)
+        except Exception as error:
+            saved = self._save_before_leaving()
+            if self._signals.received is not None:
+                raise TrainingInterrupted(self._signals.received, saved) from error
+            if "DataLoader" not in str(error):
+                raise
+            where = f"what was trained is saved in {saved}" if saved else "no step was made yet"
+            raise RuntimeError(
+                f"{error} (dataloader_timeout is {self.args.dataloader_timeout:g} s); {where}"
+            ) from error
+
+    def _save_before_leaving(self) -> str | None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step and self._last_saved_step != step:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        return str(folder) if step else None
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Trainer's, and an error with the samples' names where the loss is not finite."""
+        if "index" in inputs:
+            self._batch_indices.append(inputs["index"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._about_this_batch(f"the loss is {loss.item()}", self._logits))
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's, without what the model does not take."""
+        inputs = {name: value for name, value in inputs.items() if name not in ("index", "epoch")}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self._logits = outputs.logits.detach()
+        if num_items_in_batch is not None and labels.ndim > 1:
+            num_items_in_batch = num_items_in_batch / labels.shape[1]  # Trainer counts every number among the labels
+        return classification_loss(
+            outputs.logits,
+            labels,
+            label_smoothing=self.args.label_smoothing_factor if outputs.logits.requires_grad else 0.0,
+            num_samples=num_items_in_batch,
+        )
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_by_global_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        scales_gradients = getattr(self.accelerator, "scaler", None) is not None  # its overflows are its own affair
+        if norm is not None and not scales_gradients and not torch.isfinite(torch.as_tensor(norm)):
+            raise NonFiniteLossError(self._about_this_batch(f"the norm of the gradients is {float(norm)}", None))
+        return norm
+
+    def _about_this_batch(self, problem: str, logits: torch.Tensor | None) -> str:
+        indices = [int(index) for batch in self._batch_indices for index in batch]
+        if logits is not None and self._batch_indices and len(self._batch_indices[-1]) == len(logits):
+            bad = ~torch.isfinite(logits.flatten(1)).all(dim=1)
+            indices = [int(index) for index in self._batch_indices[-1][bad.cpu()]] or indices
+        samples = describe_samples(self.train_dataset, indices) if indices else "not known"
+        return (
+            f"{problem} at step {self.state.global_step + 1}, before the weights were moved; training samples: "
+            f"{samples}. Look at these pictures, or lower the learning rate"
+        )
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns a loader whose order and augmentation depend on (seed, epoch) alone, and on no global generator."""
+        dataset: Any = self.train_dataset
+        args = self.args
+        is_stream = isinstance(dataset, IterableDataset)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        workers: dict[str, Any] = {}
+        if args.dataloader_num_workers:
+            workers = {
+                "timeout": args.dataloader_timeout,
+                "persistent_workers": args.dataloader_persistent_workers,
+                "prefetch_factor": args.dataloader_prefetch_factor,
+                "multiprocessing_context": args.dataloader_multiprocessing_context,
+                "worker_init_fn": leave_signals_to_the_trainer,
+            }
+        loader = DataLoader(
+            dataset,
+            batch_size=self._train_batch_size,
+            sampler=None if is_stream else EpochSampler(dataset, seed=seed),
+            collate_fn=self.train_collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            generator=torch.Generator().manual_seed(seed),
+            **workers,
+        )
+        return loader if is_stream else self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Trainer's, with the timeout, and without drawing from the generator that training's dropout draws from."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.generator = torch.Generator().manual_seed(self.args.seed)
+        if self.args.dataloader_num_workers:
+            loader.timeout = self.args.dataloader_timeout
+            loader.worker_init_fn = leave_signals_to_the_trainer
+        return loader
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, of the averaged weights while there are any."""
+        with self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    # -- optimizer and schedule ---------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Returns the reference's SGD for `optim="sgd"`, Trainer's optimizers for other names, on our groups."""
+        if self.optimizer is None:
+            model, args = self._own_model() if model is None else model, self.args
+            groups = parameter_groups(
+                model,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                layer_decay=args.layer_decay,
+                decay_all_parameters=args.decay_all_parameters,
+            )
+            if args.optim == "sgd":
+                dtype = getattr(torch, args.momentum_dtype)
+                self.optimizer = MomentumSGD(groups, args.learning_rate, accumulator_dtype=dtype)
+            else:
+                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(args, model)
+                self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Returns the reference's schedule for cosine, linear and constant, transformers' for other names."""
+        name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        if self.lr_scheduler is None and name in SCHEDULES:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None
+            self.lr_scheduler = create_scheduler(
+                optimizer,
+                base_lr=self.args.learning_rate,
+                total_steps=num_training_steps,
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                schedule=name,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.store_flos()
+        step, run_dir = self.state.global_step, Path(self.args.output_dir)
+        with self._checkpoint_being_written(run_dir / f"checkpoint-{step}") as staging:
+            self.save_model(str(staging), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+            if self.args.should_save:
+                if self.ema is not None:
+                    save_file(self.ema.averages, staging / EMA_FILE)
+                self._save_state(staging, run_dir)
+        self._last_saved_step = step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / f"checkpoint-{step}"))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+    @contextlib.contextmanager
+    def _checkpoint_being_written(self, folder: Path) -> Iterator[Path]:
+        """Yield a hidden folder, the same on all processes, that becomes `folder` when all have written to it."""
+        with contextlib.ExitStack() as stack:
+            staging = [str(stack.enter_context(atomic_folder(folder)))] if self.args.should_save else [None]
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(staging, src=0)
+            yield Path(str(staging[0]))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(Path(str(staging[0])))
+        self.accelerator.wait_for_everyone()
+
+    def _save_state(self, staging: Path, run_dir: Path) -> None:
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (run_dir / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
+        kept: Any = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                kept[name] = [*kept[name], state] if isinstance(kept.get(name), list) else state
+        self.state.save_to_json(str(staging / "trainer_state.json"))
+        (staging / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle that nobody needs to run
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        if wanted is None or wanted is False:
+            return None
+        if wanted is True or wanted == "last":
+            folder = newest_complete_checkpoint(self.args.output_dir)
+        else:
+            folder = Path(wanted)
+            verify_checkpoint(folder)
+        needed = ["trainer_state.json", "scheduler.pt"] + ([EMA_FILE] if self.args.ema_decay else [])
+        missing = [name for name in needed if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: {', '.join(missing)} missing: only its weights can be used, as a model")
+        return str(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or _is_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self._own_model() if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        verify_checkpoint(Path(best))
+        if self.is_fsdp_enabled or _is_adapter(best):
+            super()._load_best_model()
+        else:
+            load_weights(self._own_model(), best)
+        if self.ema is not None:
+            self._load_ema(best)
+            self.ema.exchange()
+
+    def _is_best_loaded(self) -> bool:
+        return self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+
+    def _load_ema(self, checkpoint: str) -> None:
+        assert self.ema is not None
+        restore_tensors(load_file(Path(checkpoint) / EMA_FILE), self.ema.averages, origin=f"{checkpoint}/{EMA_FILE}")
+
+    def _begin_averaging(self) -> None:
+        self.ema = ExponentialMovingAverage(self._own_model(), self.args.ema_decay)
+        if self._resumed_from is not None:
+            self._load_ema(self._resumed_from)
+
+
+class _StepEnd(TrainerCallback):
+    """What happens after each optimizer step: averaging, and leaving if told to."""
+
+    def __init__(self, trainer: HfViTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.ema_decay:
+            self.trainer._begin_averaging()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.ema is not None:
+            trainer.ema.update(state.global_step)
+        number = trainer._signals.agreed(args.device)
+        if number is not None:
+            raise TrainingInterrupted(number, trainer._save_before_leaving())
+
+
+def _is_adapter(checkpoint: str) -> bool:
+    return (Path(checkpoint) / "adapter_config.json").is_file()

@@ -1,0 +1,276 @@
+"""An interrupted training ends bit for bit as an uninterrupted one, from checkpoints that are whole."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
+from hf_vit.containers import CheckpointError
+from hf_vit.training.arguments import HfViTTrainingArguments
+from hf_vit.training.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
+from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint, verify_checkpoint
+from hf_vit.training.metrics import compute_metrics, summarize_logits
+from hf_vit.training.trainer import HfViTTrainer
+
+
+CLASSES = 3
+PICTURES = 20  # with batches of 4: five steps an epoch
+
+
+def pictures(count: int = PICTURES) -> datasets.Dataset:
+    generator = np.random.default_rng(0)
+    return datasets.Dataset.from_dict(
+        {
+            "image": [PIL.Image.fromarray(generator.integers(0, 256, (10, 12, 3), np.uint8)) for _ in range(count)],
+            "label": [index % CLASSES for index in range(count)],
+        },
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=CLASSES)}),
+    )
+
+
+def make_trainer(folder: Path, **settings: Any) -> HfViTTrainer:
+    """A trainer of a tiny model on 20 pictures, everything random switched on."""
+    defaults = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "optim": "sgd",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 3,
+    }
+    args = HfViTTrainingArguments(str(folder), **(defaults | settings))
+    set_seed(args.seed)
+    config = HfViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.1,
+        drop_path_rate=0.1,
+        zero_init_head=False,
+    )
+    processor = HfViTImageProcessor.for_model(config)
+    is_mixed = args.mixup_alpha > 0
+    return HfViTTrainer(
+        model=HfViTForImageClassification(config),
+        args=args,
+        train_dataset=AugmentedImages(pictures(), processor, augment=Augment(), seed=args.seed),
+        eval_dataset=AugmentedImages(pictures(6), processor),
+        data_collator=MixingCollator(CLASSES, args.mixup_alpha, seed=args.seed) if is_mixed else collate_images,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=summarize_logits,
+    )
+
+
+def weights(trainer: HfViTTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = None, **settings: Any) -> list[dict]:
+    """Weights and losses of one uninterrupted training, and of one that was left at step `stop` and taken up again."""
+    ends = []
+    whole = make_trainer(tmp_path / "whole", save_strategy="steps", save_steps=stop, **settings)
+    whole.train()
+    ends.append(weights(whole))
+    resumed = make_trainer(tmp_path / "resumed", **(settings | (changes or {})))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    ends.append(weights(resumed))
+    losses = [
+        {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+        for trainer in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+    return ends
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7], ids=["mid epoch 1", "end of epoch 1", "mid epoch 2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optim": "adamw_torch_fused", "ema_decay": 0.9, "mixup_alpha": 0.8, "label_smoothing_factor": 0.1},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "layer_decay": 0.5},
+        {"eval_strategy": "steps", "eval_steps": 2},
+    ],
+    ids=["SGD", "AdamW, EMA, mixup", "accumulation", "evaluation between"],
+)
+def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(settings, stop, tmp_path):
+    whole, resumed = train_whole_and_in_two(tmp_path, stop, **settings)
+    assert_equal(whole, resumed)
+
+
+WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_timeout": 60.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [3, 5, 7])
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        (WORKERS, None),
+        (WORKERS | {"dataloader_persistent_workers": False}, None),
+        (WORKERS, {"dataloader_num_workers": 1}),
+        (WORKERS, {"dataloader_num_workers": 0, "dataloader_persistent_workers": False}),
+        ({}, WORKERS),
+    ],
+    ids=["2 persistent", "2", "2 then 1", "2 then 0", "0 then 2"],
+)
+def test_workers_do_not_matter_to_a_resumed_training(settings, changes, stop, tmp_path):
+    whole, resumed = train_whole_and_in_two(tmp_path, stop, changes, **settings)
+    assert_equal(whole, resumed)
+
+
+def test_another_seed_is_another_training(tmp_path):
+    """The negative control: these trainings are random enough to tell."""
+    one, other = make_trainer(tmp_path / "one"), make_trainer(tmp_path / "other")
+    other.train_dataset = AugmentedImages(
+        pictures(), HfViTImageProcessor.for_model(other.model.config), augment=Augment(), seed=4
+    )
+    one.train()
+    other.train()
+    assert not torch.equal(one.model.classifier.weight, other.model.classifier.weight)
+
+
+def test_every_tensor_is_that_of_the_checkpoint_before_the_first_step(tmp_path):
+    first = make_trainer(tmp_path, save_strategy="steps", save_steps=4)
+    first.train()
+    second = make_trainer(tmp_path)
+    with torch.no_grad():
+        for parameter in second.model.parameters():
+            parameter.zero_()
+    second._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    assert_equal(weights(second), load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(change, tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["classifier.bias"]
+    elif change == "extra":
+        tensors["classifier.more"] = torch.zeros(1)
+    else:
+        tensors["classifier.bias"] = torch.zeros(7)
+    save_file(tensors, path)
+    words = {
+        "missing": "missing .classifier.bias",
+        "extra": "unknown .* .classifier.more",
+        "shape": r"\(7,\), expected",
+    }
+    trainer = make_trainer(tmp_path)
+    before = weights(trainer)
+    with pytest.raises(CheckpointError, match=words[change]):
+        trainer._load_from_checkpoint(str(path.parent))
+    assert_equal(before, weights(trainer))
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_the_best_model_is_returned_whole(ema_decay, tmp_path):
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the worst is asked for, so that the best is not simply the last
+        "load_best_model_at_end": True,
+        "ema_decay": ema_decay,
+    }
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint))
+    assert best.name != "checkpoint-12"
+    if not ema_decay:
+        assert_equal(weights(trainer), load_file(best / "model.safetensors"))
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+def damage(folder: Path, how: str) -> str:
+    """Damages a checkpoint; returns the name of the file that must be named."""
+    name = {"no manifest": "manifest.json", "half a manifest": "manifest.json"}.get(how, "optimizer.pt")
+    path = folder / name
+    if how in ("no manifest", "deleted"):
+        path.unlink()
+    elif how in ("truncated", "half a manifest"):
+        path.write_bytes(path.read_bytes()[:-20])
+    elif how == "one bit":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    return name
+
+
+@pytest.mark.parametrize("how", ["deleted", "truncated", "one bit", "no manifest", "half a manifest"])
+def test_a_damaged_checkpoint_is_skipped_and_named(how, tmp_path, caplog):
+    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    name = damage(tmp_path / "checkpoint-4", how)
+    with caplog.at_level(logging.WARNING):
+        assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-4" in caplog.text
+    assert name in caplog.text
+    with pytest.raises(CheckpointError, match=name):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_resuming_with_nothing_complete_is_an_error(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    damage(tmp_path / "checkpoint-2", "deleted")
+    with pytest.raises(CheckpointError, match="got 1 damaged"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="got none at all"):
+        make_trainer(tmp_path).train(resume_from_checkpoint="last")
+
+
+def test_averages_are_wanted_but_not_in_the_checkpoint(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors missing"):
+        make_trainer(tmp_path, ema_decay=0.9).train(resume_from_checkpoint="last")
+
+
+def test_a_checkpoint_holds_no_pickle_of_arguments_and_lists_all_its_files(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    verify_checkpoint(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
+    assert "training_args.json" in names
+    assert "training_args.bin" not in names
+
+
+def test_a_failed_save_leaves_the_older_checkpoint_and_no_stray(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+
+    def disk_full(*_: Any) -> None:
+        if trainer.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_rng_state", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}

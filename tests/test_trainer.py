@@ -1,0 +1,342 @@
+"""The trainer's own: signals, non-finite numbers, workers that die, one training per folder, losses and averages."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_resume import CLASSES, WORKERS, assert_equal, make_trainer, pictures, weights
+from torch import nn
+
+from hf_vit import HfViTForImageClassification, HfViTImageProcessor
+from hf_vit.training.augmentation import AugmentedImages
+from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint
+from hf_vit.training.ema import ExponentialMovingAverage
+from hf_vit.training.interruption import TrainingInterrupted
+from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
+
+
+def at_step(trainer: Any, step: int, action: Any) -> None:
+    """Calls `action` while the batches of step number `step` (from 1) are fetched."""
+    fetch = trainer.get_batch_samples
+
+    def fetch_and_act(*args: Any) -> Any:
+        if trainer.state.global_step == step - 1:
+            action()
+        return fetch(*args)
+
+    trainer.get_batch_samples = fetch_and_act
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_at_the_steps_end_with_an_exact_checkpoint(number, status, tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    trainer = make_trainer(tmp_path / "stopped")
+    at_step(trainer, 4, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(TrainingInterrupted) as caught:
+        trainer.train()
+    assert caught.value.exit_status == status
+    assert caught.value.checkpoint == str(tmp_path / "stopped" / "checkpoint-4")
+    resumed = make_trainer(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint="last")
+    assert_equal(weights(whole), weights(resumed))
+
+
+def test_handlers_are_put_back_after_training(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    make_trainer(tmp_path, max_steps=1).train()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+SCRIPT = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    from test_resume import WORKERS, make_trainer
+    from hf_vit.training.interruption import TrainingInterrupted
+
+    if __name__ == "__main__":
+        trainer = make_trainer({folder!r}, max_steps=100_000, **{settings!r})
+        training_step = trainer.training_step
+
+        def slow_step(*args):
+            if trainer.state.global_step == 2:
+                print("going", flush=True)
+            time.sleep({pause})
+            return training_step(*args)
+
+        trainer.training_step = slow_step
+        try:
+            trainer.train()
+        except TrainingInterrupted as interruption:
+            print(interruption, flush=True)
+            sys.exit(interruption.exit_status)
+"""
+
+
+def start_training(tmp_path: Path, *, pause: float, **settings: Any) -> subprocess.Popen:
+    """A training in a process group of its own, past its second step."""
+    script = tmp_path / "train.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(
+        textwrap.dedent(SCRIPT).format(tests=tests, folder=str(tmp_path / "out"), settings=settings, pause=pause)
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "going" in line:
+            return process
+    raise AssertionError(f"the training ended with status {process.wait()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(number, tmp_path):
+    process = start_training(tmp_path, pause=0.05, **WORKERS)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert str(newest_complete_checkpoint(tmp_path / "out")) in output
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    process = start_training(tmp_path, pause=30.0)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == -signal.SIGTERM
+    assert checkpoints_of(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    whole = make_trainer(tmp_path / "whole", max_steps=60)
+    whole.train()
+    for attempt in range(3):
+        process = start_training(tmp_path, pause=0.0, save_strategy="steps", save_steps=1, save_total_limit=3)
+        time.sleep(0.05 + 0.13 * attempt)
+        process.kill()
+        process.wait()
+        found = newest_complete_checkpoint(tmp_path / "out")
+        reached = int(found.name.partition("-")[2])
+        assert reached >= 1
+        resumed = make_trainer(tmp_path / "out", max_steps=reached + 2)
+        resumed.train(resume_from_checkpoint=str(found))
+        assert resumed.state.global_step == reached + 2
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_bad_picture_stops_training_before_the_step_and_is_named(ema_decay, tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, ema_decay=ema_decay)
+    prepare = trainer.train_dataset._prepare
+
+    def poisoned(row: Any, index: int, epoch: int) -> dict:
+        sample = prepare(row, index, epoch)
+        if index == 7:
+            sample["pixel_values"][0, 3, 3] = 1e30
+        return sample
+
+    trainer.train_dataset._prepare = poisoned
+    with pytest.raises(NonFiniteLossError, match=r"before the weights were moved; training samples: 7\b"):
+        trainer.train()
+    for folder in checkpoints_of(tmp_path):
+        fresh = make_trainer(tmp_path / "fresh")
+        fresh._load_from_checkpoint(str(folder))
+        assert all(torch.isfinite(tensor).all() for tensor in weights(fresh).values())
+
+
+def test_divergence_is_an_error_and_nothing_of_it_is_saved(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0.0, save_strategy="steps", save_steps=1)
+    with pytest.raises(NonFiniteLossError, match=r"the (loss|norm of the gradients) is (nan|inf)"):
+        trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    bias = trainer.model.classifier.bias
+    bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = weights(trainer)
+    with pytest.raises(NonFiniteLossError, match="norm of the gradients"):
+        trainer.train()
+    assert_equal(before, weights(trainer))
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    first, second = make_trainer(tmp_path), make_trainer(tmp_path)
+    refusals = []
+
+    def begin_the_second() -> None:
+        with pytest.raises(RuntimeError, match="in use") as caught:
+            second.train()
+        refusals.append(caught.value)
+
+    at_step(first, 2, begin_the_second)
+    first.train()
+    assert len(refusals) == 1
+    assert first.state.global_step == 12
+    second.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persistent, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1000, **(WORKERS | {"dataloader_persistent_workers": persistent}))
+
+    def kill_a_worker() -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        workers = [pid for pid in children if "multiprocessing" in _command(pid) or _command(pid) == _command("self")]
+        os.kill(int(workers[0]), signal.SIGKILL)
+
+    at_step(trainer, 4, kill_a_worker)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* what was trained is saved in .*checkpoint-\d+"):
+        trainer.train()
+    newest_complete_checkpoint(tmp_path)
+
+
+def _command(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def stalls_at(index: int) -> Any:
+    """A dataset in which a row's preparation never ends."""
+
+    class Stalled(AugmentedImages):
+        def __getitem__(self, row: int) -> dict:
+            if row == index and self.epoch == 1:
+                time.sleep(3600)
+            return super().__getitem__(row)
+
+    return Stalled
+
+
+@pytest.mark.slow
+def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
+    processor = HfViTImageProcessor.for_model(trainer.model.config)
+    trainer.train_dataset = stalls_at(3)(pictures(), processor)
+    with pytest.raises(RuntimeError, match=r"timed out after 2 seconds.*saved in"):
+        trainer.train()
+    newest_complete_checkpoint(tmp_path)
+
+
+def test_soft_labels_give_the_same_loss_as_hard_ones_and_leave_the_model_as_it_is(tmp_path):
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
+    hard = classification_loss(logits, labels)
+    torch.testing.assert_close(hard, nn.functional.cross_entropy(logits, labels))
+    soft = classification_loss(logits, nn.functional.one_hot(labels, 4).float())
+    torch.testing.assert_close(soft, hard)
+    torch.testing.assert_close(classification_loss(logits, labels, num_samples=10.0), hard / 2)
+    with pytest.raises(ValueError, match=r"labels are \(5, 3\)"):
+        classification_loss(logits, torch.zeros(5, 3))
+    trainer = make_trainer(tmp_path, mixup_alpha=0.8, max_steps=2)
+    trainer.train()
+    assert trainer.model.config.problem_type is None
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.8])
+def test_two_halves_accumulated_are_one_batch(mixup_alpha, tmp_path):
+    """Without dropout; and of mixup, which pairs pictures of one pass, only the scale of the loss can be compared."""
+    losses = {}
+    for accumulation in (1, 2):
+        trainer = make_trainer(
+            tmp_path / str(accumulation),
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            mixup_alpha=mixup_alpha,
+        )
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "rate"):
+                module.rate = 0.0
+        trainer.train()
+        losses[accumulation] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tolerance = 1e-5 if mixup_alpha == 0 else 0.5
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[2]), rtol=0, atol=tolerance)
+
+
+def test_label_smoothing_is_for_training_alone(tmp_path):
+    plain, smooth = make_trainer(tmp_path), make_trainer(tmp_path, label_smoothing_factor=0.3)
+    assert plain.evaluate()["eval_loss"] == smooth.evaluate()["eval_loss"]
+    smooth.train()
+    plain.train()
+    assert plain.state.log_history[0]["loss"] != smooth.state.log_history[0]["loss"]
+
+
+def test_averages_follow_the_weights_as_the_formula_says():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    ema = ExponentialMovingAverage(model, 0.5)
+    expected = 1.0
+    for step in range(1, 8):
+        nn.init.constant_(model.weight, float(step))
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert ema.averages["weight"].item() == pytest.approx(expected, rel=1e-6)
+    with ema.in_model():
+        assert model.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert model.weight.item() == 7.0
+
+
+def test_the_averaged_model_is_evaluated_and_kept(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.9, eval_strategy="steps", eval_steps=12, learning_rate=0.1)
+    plain = make_trainer(tmp_path, learning_rate=0.1)
+    trainer.train()
+    plain.train()
+    logged = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == logged
+    assert not torch.equal(trainer.model.classifier.weight, plain.model.classifier.weight)
+
+
+def test_the_reference_optimizer_and_schedule_are_the_trainers(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=6, warmup_steps=2, learning_rate=0.05, lr_scheduler_type="cosine")
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = [0.0, 0.025, 0.05, 0.04267767, 0.025, 0.00732233]  # what the reference recorded
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected), rtol=0, atol=1e-8)
+
+
+def test_the_head_learns_faster_than_the_embeddings_with_layer_decay(tmp_path):
+    def moved(layer_decay: float) -> float:
+        trainer = make_trainer(tmp_path, layer_decay=layer_decay, max_steps=3)
+        before = weights(trainer)
+        trainer.train()
+        after = weights(trainer)
+        change = {name: (after[name] - before[name]).norm() for name in after}
+        return float(change["vit.embeddings.patch_embeddings.weight"] / change["classifier.weight"])
+
+    assert moved(0.1) < 0.01 * moved(1.0)
+
+
+def test_samples_are_named_with_their_files(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"path": f"a/{index}.png", "bytes": None} for index in range(3)]},
+        features=datasets.Features({"image": datasets.Image(decode=False)}),
+    )
+    dataset = AugmentedImages.__new__(AugmentedImages)
+    dataset.dataset = rows
+    assert describe_samples(dataset, [2, 0]) == "2 (a/2.png), 0 (a/0.png)"
+    assert describe_samples([], range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+
+
+def test_training_a_head_alone_leaves_the_rest(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    assert isinstance(trainer.model, HfViTForImageClassification)
+    trainer.model.vit.requires_grad_(False)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    assert trainer.model.classifier.out_features == CLASSES
