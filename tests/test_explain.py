@@ -192,6 +192,16 @@ def test_the_model_is_left_as_it_was_found(pooling):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("pooling", ["token", "gap", "map"])
+def test_a_model_in_bfloat16_is_explained_in_float32(pooling):
+    model, picture = make_model(pooling=pooling), make_picture()
+    exact = explain(model, picture, num_classes=1, occlusion_steps=2)
+    rough = explain(model.bfloat16(), picture, num_classes=1, occlusion_steps=2)
+    assert rough.rollout.dtype == rough.pooled_attention.dtype == rough.distances.dtype == torch.float32
+    assert (rough.rollout_map - exact.rollout_map).abs().max() < 0.02
+    assert rough.classes[0].relevance.dtype == torch.float32
+
+
 def test_a_failing_visitor_leaves_no_hook_behind():
     model = make_model()
 
