@@ -66,9 +66,8 @@ class StopSignals:
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Makes a loader worker ignore the signals that its whole process group gets; it ends when its parent does."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Makes a loader worker ignore Ctrl-C, which its whole process group gets; the trainer ends it by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class WorkerDeaths:
