@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import torch
@@ -41,8 +41,8 @@ class DemoArguments:
 
 
 def main(argv: list[str]) -> int:
-    parser = HfArgumentParser([DemoArguments], description=(__doc__ or "").splitlines()[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(cast(Any, DemoArguments), description=(__doc__ or "").splitlines()[0])
+    args: Any = parser.parse_args_into_dataclasses(argv)[0]
     out = Path(args.output_dir)
     print("1. Convert the checkpoint of the JAX code to safetensors")
     convert_jax_checkpoint(CHECKPOINTS / "vit-mnist.npz", out / "converted")
@@ -123,7 +123,7 @@ def measure_accuracy(model: HfViTForImageClassification, task: FineTuning) -> fl
         for batch in DataLoader(task.test, batch_size=64, collate_fn=collate_images):
             ranked = model(batch["pixel_values"]).logits.argsort(dim=-1, descending=True)
             metric.add_batch(predictions=ranked.numpy(), references=batch["labels"].numpy())
-    return metric.compute()["accuracy"]
+    return (metric.compute() or {})["accuracy"]
 
 
 def train(task: FineTuning, args: Any) -> tuple[HfViTTrainer, dict[str, float]]:

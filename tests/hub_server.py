@@ -285,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         time.sleep(fault.delay if fault else 0)
-        answer = self.answer(url.path, fault)
+        answer = self.part_asked_for(self.answer(url.path, fault))
         request.status = answer.status
         self.send(answer, fault)
 
@@ -320,20 +320,26 @@ class _Handler(BaseHTTPRequestHandler):
                     return refusal.answer
         return Answer({"error": "Sorry, we can't find the page you are looking for."}, 404)
 
-    def send(self, answer: Answer, fault: Fault | None) -> None:
-        body, status, headers = answer.body, answer.status, dict(answer.headers)
+    def part_asked_for(self, answer: Answer) -> Answer:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and status == 200:
-            first, last = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}" if first <= last else f"bytes */{len(body)}"
-            status, body = (206, body[first : last + 1]) if first <= last else (416, b"")
+        if not asked or answer.status != 200:
+            return answer
+        size = len(answer.body)
+        first, last = int(asked[1]), min(int(asked[2] or size), size - 1)
+        if first > last:
+            return Answer(b"", 416, {"Content-Range": f"bytes */{size}"})
+        place = {"Content-Range": f"bytes {first}-{last}/{size}"}
+        return Answer(answer.body[first : last + 1], 206, answer.headers | place)
+
+    def send(self, answer: Answer, fault: Fault | None) -> None:
+        body = answer.body
         if fault and fault.corrupt and body:
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 0xFF]) + body[middle + 1 :]
-        self.send_response(status)
+        self.send_response(answer.status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "application/json")
-        for name, value in headers.items():
+        for name, value in answer.headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":

@@ -1,5 +1,10 @@
 """A sample's augmentation depends on seed, epoch and index, and on nothing else."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -152,6 +157,71 @@ def test_a_stream_augments_a_picture_the_same_whoever_reads_it_and_anew_each_epo
     second = {sample["index"]: sample["pixel_values"] for sample in two_epochs[12:]}
     assert second.keys() == first.keys()
     assert not any(torch.equal(second[index], first[index]) for index in first)
+
+
+TWO_RANKS = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from hf_vit import HfViTImageProcessor
+from hf_vit.images import ImageError
+from hf_vit.training import datasets
+from hf_vit.training.augmentation import Augment, AugmentedImages, EpochSampler, collate_images
+from hf_vit.training.datasets import load_splits
+
+datasets.SCAN_CHUNK = 11  # of 12 pictures: each rank meets one of the bad ones
+accelerator = Accelerator(cpu=True)
+good, bad = sys.argv[1:]
+try:
+    load_splits(bad)
+except ImageError as error:
+    named = str(error)
+dataset = AugmentedImages(load_splits(good)["train"], HfViTImageProcessor(size=16), augment=Augment(), seed=3)
+loader = DataLoader(dataset, batch_size=2, sampler=EpochSampler(dataset, seed=5), collate_fn=collate_images)
+loader = accelerator.prepare(loader)
+sums = []
+for epoch in range(2):
+    loader.set_epoch(epoch)
+    for batch in loader:
+        sums += [[epoch, int(index), float(image.double().sum())]
+                 for index, image in zip(batch["index"], batch["pixel_values"])]
+found = [None] * accelerator.num_processes
+torch.distributed.all_gather_object(found, [sums, named])
+if accelerator.is_main_process:
+    print(json.dumps(found))
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_an_epoch_and_the_search_for_bad_pictures(tmp_path):
+    for folder in ("good", "bad"):
+        (tmp_path / folder / "cat").mkdir(parents=True)
+        for number, picture in enumerate(Pictures(length=10).pictures):
+            picture.save(tmp_path / folder / "cat" / f"{number:02d}.png")
+    bad = ["09.png", "zz.png"]  # in the first chunk, and in the second
+    (tmp_path / "bad" / "cat" / "10.png").write_bytes((tmp_path / "bad" / "cat" / "00.png").read_bytes())
+    for name in bad:
+        (tmp_path / "bad" / "cat" / name).write_bytes(b"no picture")
+    (tmp_path / "run.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "run.py"), str(tmp_path / "good"), str(tmp_path / "bad")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    (first, named), (second, also_named) = json.loads(finished.stdout.strip().splitlines()[-1])
+    assert named == also_named
+    assert all(name in named for name in bad)
+    expected = AugmentedImages(
+        load_splits(str(tmp_path / "good"))["train"], HfViTImageProcessor(size=16), augment=Augment(), seed=3
+    )
+    for epoch in range(2):
+        expected.set_epoch(epoch)
+        parts = [{index: total for number, index, total in part if number == epoch} for part in (first, second)]
+        assert not parts[0].keys() & parts[1].keys()
+        found = parts[0] | parts[1]
+        assert found == {index: float(expected[index]["pixel_values"].double().sum()) for index in range(8)}
 
 
 # --- what the transforms do ---

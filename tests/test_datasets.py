@@ -2,6 +2,7 @@
 
 import io
 import logging
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -9,9 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 from sklearn.datasets import load_digits
+from test_images import READ_RIGHT, REFUSED
 
 from hf_vit.images import ImageError
 from hf_vit.training.datasets import (
+    decode_images,
     default_num_workers,
     find_column,
     load_splits,
@@ -60,28 +63,30 @@ def write_parquet(path: Path, pictures: list, labels: list, feature, names=("img
     return path
 
 
+@pytest.fixture(scope="module")
+def digits():
+    return load_splits("digits")
+
+
 # --- digits and the split ---
 
 
-def test_digits_hold_out_a_fifth_of_every_class():
-    splits = load_splits("digits")
-    assert {name: len(part) for name, part in splits.items()} == {"train": 1438, "test": 359}
-    held_out, everything = np.bincount(labels_of(splits["test"])), np.bincount(load_digits().target)
+def test_digits_hold_out_a_fifth_of_every_class(digits):
+    assert {name: len(part) for name, part in digits.items()} == {"train": 1438, "test": 359}
+    held_out, everything = np.bincount(labels_of(digits["test"])), np.bincount(load_digits().target)
     np.testing.assert_array_equal(held_out, np.round(everything / 5))
 
 
-def test_digits_are_the_pixels_of_scikit_learn_in_three_equal_channels():
-    splits = load_splits("digits")
-    ours = sorted(np.asarray(row["image"]).tobytes() for part in splits.values() for row in part)
+def test_digits_are_the_pixels_of_scikit_learn_in_three_equal_channels(digits):
+    ours = sorted(np.asarray(row["image"]).tobytes() for part in digits.values() for row in part)
     scaled = (load_digits().images * 255 / 16).astype(np.uint8)
     assert ours == sorted(np.repeat(image[..., None], 3, axis=2).tobytes() for image in scaled)
 
 
 def test_the_split_depends_on_the_seed_and_on_nothing_else():
-    first, again, other = (load_splits("digits", seed=seed)["test"] for seed in (1, 1, 2))
-    assert labels_of(first) == labels_of(again)
-    assert [first[row]["image"].tobytes() for row in range(20)] == [again[row]["image"].tobytes() for row in range(20)]
-    assert [first[row]["image"].tobytes() for row in range(20)] != [other[row]["image"].tobytes() for row in range(20)]
+    dataset = datasets.Dataset.from_dict({"label": [0, 1] * 20, "row": list(range(40))})
+    first, again, other = (stratified_split(dataset, seed=seed)[1]["row"][:] for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_a_small_class_is_on_both_sides_of_the_split_and_a_single_sample_in_training():
@@ -92,9 +97,9 @@ def test_a_small_class_is_on_both_sides_of_the_split_and_a_single_sample_in_trai
 
 
 @pytest.mark.parametrize("test_size", [0, 1, 1.5])
-def test_a_held_out_part_must_be_a_fraction(test_size):
+def test_a_held_out_part_must_be_a_fraction(test_size, tmp_path):
     with pytest.raises(ValueError, match="expected a fraction between 0 and 1"):
-        load_splits("digits", test_size=test_size)
+        load_splits(str(write_folders(tmp_path, {"cat": 5})), test_size=test_size)
 
 
 # --- class folders ---
@@ -198,6 +203,32 @@ def test_pictures_are_upright_rgb_and_sixteen_bits_are_scaled(tmp_path):
     np.testing.assert_allclose(np.asarray(pictures[8, 8])[..., 0], ramp / 257, atol=1)
 
 
+def write_odd_files(root: Path, files: dict) -> None:
+    for number, (name, (write, *_)) in enumerate(files.items()):
+        folder = root / ("even" if number % 2 else "odd")
+        folder.mkdir(exist_ok=True)
+        write(folder / name)
+
+
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
+@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
+def test_of_the_odd_files_the_refused_are_all_named_and_the_others_are_pixel_correct(tmp_path, caplog):
+    write_odd_files(tmp_path, READ_RIGHT | REFUSED)
+    with pytest.raises(ImageError, match="9 of 31 pictures cannot be read") as caught:
+        load_splits(str(tmp_path))
+    assert {name for name in READ_RIGHT | REFUSED if f"/{name}: " in str(caught.value)} == set(REFUSED)
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(str(tmp_path), bad_images="skip")
+    assert "9 of 31 pictures cannot be read and are skipped" in caplog.text
+    found = {}
+    for part in splits.values():
+        paths = [Path(cell["path"]).name for cell in part.with_format("arrow")[:].column("image").to_pylist()]
+        found |= {name: row["image"] for name, row in zip(paths, part, strict=True)}
+    assert found.keys() == READ_RIGHT.keys()
+    for name, (_, expected, tolerance) in READ_RIGHT.items():
+        assert np.abs(np.asarray(found[name]).astype(int) - expected).max() <= tolerance, name
+
+
 # --- columns and labels ---
 
 
@@ -272,18 +303,21 @@ def test_a_column_is_found_by_type_then_by_name_or_asked_for():
 # --- streams ---
 
 
-def test_a_stream_gives_the_same_pictures_as_the_table():
-    splits, streams = load_splits("digits"), load_splits("digits", streaming=True)
+def test_a_stream_gives_the_same_pictures_as_the_table(tmp_path):
+    root = str(write_folders(tmp_path, {"cat": 10, "dog": 15}))
+    splits, streams = load_splits(root), load_splits(root, streaming=True)
     for name, part in splits.items():
-        table = sorted((row["image"].tobytes(), row["label"]) for row in part)
-        assert sorted((row["image"].tobytes(), row["label"]) for row in streams[name]) == table
+        table = [(row["image"].tobytes(), row["label"]) for row in part]
+        assert len(set(table)) == len(table)
+        assert [(row["image"].tobytes(), row["label"]) for row in streams[name]] == table
 
 
-def test_ranks_divide_a_stream_and_lose_nothing():
-    stream = load_splits("digits", streaming=True)["test"]
+def test_ranks_divide_a_stream_and_lose_nothing(tmp_path):
+    stream = load_splits(str(write_folders(tmp_path, {"cat": 9, "dog": 11})), streaming=True)["train"]
     parts = [[row["index"] for row in shard_by_rank(stream, rank=rank, world_size=3)] for rank in range(3)]
     assert sorted(index for part in parts for index in part) == sorted(row["index"] for row in stream)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 8  # whole shards
+    assert len({row["index"] for row in stream}) == 16
+    assert [len(part) for part in parts] == [6, 5, 5]
 
 
 def test_a_stream_names_a_bad_picture_where_it_meets_it_or_skips_it(tmp_path, caplog):
@@ -294,6 +328,17 @@ def test_a_stream_names_a_bad_picture_where_it_meets_it_or_skips_it(tmp_path, ca
         streams = load_splits(str(tmp_path), streaming=True, bad_images="skip")
         assert sum(len(list(part)) for part in streams.values()) == 10
     assert all(name in caplog.text for name in names)
+
+
+def test_a_stream_reads_pictures_inside_a_remote_archive(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("one.png", png(7))
+        archive.writestr("two.png", b"no picture")
+    found = [{"path": f"zip://{name}.png::{tmp_path}/a.zip", "bytes": None} for name in ("one", "two")]
+    assert decode_images({"image": found[:1]})["image"][0].getpixel((0, 0)) == (7, 7, 7)
+    with pytest.raises(ImageError, match=r"zip://two\.png::"):
+        decode_images({"image": found[1:]})
 
 
 def test_workers_are_this_processs_share_of_the_cores(monkeypatch):

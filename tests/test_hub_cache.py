@@ -9,7 +9,7 @@ from hub_server import HubServer
 from huggingface_hub import snapshot_download
 
 from hf_vit.containers import CheckpointError
-from hf_vit.hub_cache import verify_snapshot
+from hf_vit.hub_cache import verify_download, verify_snapshot
 
 
 WEIGHTS = bytes(range(256)) * 40
@@ -19,7 +19,8 @@ WEIGHTS = bytes(range(256)) * 40
 def hub(monkeypatch, tmp_path):
     with HubServer() as server:
         server.attach(monkeypatch, tmp_path / "cache")
-        server.add_repository("me/model", {"model.safetensors": WEIGHTS, "part/model.safetensors": b"2" + WEIGHTS})
+        files = {"config.json": b"{}", "model.safetensors": WEIGHTS, "part/model.safetensors": b"2" + WEIGHTS}
+        server.add_repository("me/model", files)
         yield server
     huggingface_hub.close_session()
 
@@ -49,6 +50,14 @@ def test_a_cache_that_was_damaged_later_is_refused_until_it_is_loaded_again(hub,
     assert verify_snapshot(snapshot_download("me/model")) == 2
 
 
+def test_what_was_loaded_is_found_again_by_its_id_without_the_network(hub, tmp_path):
+    folder = snapshot_download("me/model", cache_dir=tmp_path / "elsewhere")
+    hub.requests.clear()
+    assert verify_download("me/model", cache_dir=tmp_path / "elsewhere") == 2
+    assert verify_download(folder) == 2
+    assert hub.requests == []
+
+
 def test_a_folder_outside_the_cache_has_no_digests_to_check(hub, tmp_path):
     shutil.copytree(snapshot_download("me/model"), tmp_path / "copy")
-    assert verify_snapshot(tmp_path / "copy") == 0
+    assert verify_download(tmp_path / "copy") == 0

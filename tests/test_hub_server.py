@@ -4,6 +4,8 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import huggingface_hub
 import pytest
@@ -100,6 +102,23 @@ def test_large_files_are_redirected_to_a_host_that_never_sees_the_token(hub):
     (served,) = hub.requested(STORAGE)
     assert (asked.host, asked.token, asked.status) == ("127.0.0.1", "Bearer hf_me", 302)
     assert (served.host, served.token, served.status) == ("localhost", None, 200)
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "status", "reason"),
+    [
+        ({"headers": {"Authorization": "Bearer hf_me"}}, 400, "send no token"),
+        ({"headers": {"Range": "bytes=10240-"}}, 416, ""),
+        ({"method": "PUT", "data": b"other"}, 400, "does not match its sha256"),
+    ],
+)
+def test_the_storage_refuses_tokens_wrong_ranges_and_wrong_content(hub, request_fields, status, reason):
+    hub.add_repository("me/model", {"w.bin": WEIGHTS})
+    request = Request(f"{hub.storage_url}{STORAGE}{hashlib.sha256(WEIGHTS).hexdigest()}", **request_fields)
+    with pytest.raises(HTTPError) as caught:
+        urlopen(request)
+    assert caught.value.code == status
+    assert reason in caught.value.read().decode()
 
 
 def test_branches_tags_and_commits_are_revisions(hub):
@@ -214,7 +233,7 @@ def test_a_dropped_download_resumes_where_it_stopped(hub, monkeypatch):
     hub.add_repository("me/model", {"w.bin": WEIGHTS})
     hub.fault(STORAGE, drop_after=5000)
     assert Path(client(hub).hf_hub_download("me/model", "w.bin")).read_bytes() == WEIGHTS
-    assert [r.range for r in hub.requested(STORAGE)] == [None, "bytes=4096-"]
+    assert [(r.range, r.status) for r in hub.requested(STORAGE)] == [(None, 200), ("bytes=4096-", 206)]
 
 
 def test_a_dropped_upload_is_sent_again(hub):

@@ -45,6 +45,11 @@ def test_confidence_one_falls_into_the_last_bin_and_a_perfect_model_has_no_error
     assert ExpectedCalibrationError().compute(**perfect)["ece"] == 0
 
 
+def test_a_confidence_between_two_bins_belongs_to_the_lower_one():
+    found = {"predictions": [0, 1], "references": [0, 0], "confidences": [0.4, 0.5]}
+    assert ExpectedCalibrationError().compute(**found, num_bins=2)["ece"] == pytest.approx(abs(0.4 + 0.5 - 1) / 2)
+
+
 def test_the_confusion_matrix_is_scikit_learns_and_a_class_without_samples_has_no_accuracy():
     logits, labels = sharp_logits()
     pair = {"predictions": logits.argmax(1), "references": labels % 11}

@@ -1,7 +1,7 @@
-"""From a checkpoint file to a model and back: understand what a file holds, decide its configuration, load, write.
+"""One door for every layout: from a checkpoint of any kind to a model, strictly, or to a folder of our own.
 
-The tables are in `layouts`, the safe reading of files in `containers`. Everything that the shapes of a file cannot
-tell is decided here, once, and written in the configuration.
+`jax_checkpoints` and `torch_checkpoints` understand foreign files; here they become models and folders. Nothing is
+left at random: what is missing, left over, mis-shaped, not finite or no floating point is refused, with both lists.
 """
 
 import contextlib
@@ -10,27 +10,24 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from logging import Filter, LogRecord
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .atomic import atomic_folder
-from .configuration_hf_vit import HfViTConfig, stem_stride
-from .containers import ArrayFile, CheckpointError, open_arrays, write_npz
+from .configuration_hf_vit import HfViTConfig
+from .containers import CheckpointError
+from .foreign import UNFIT, Checkpoint, is_finite, listing, two_lists, updated
 from .image_processing_hf_vit import HfViTImageProcessor
-from .layouts import (
-    BIG_VISION_POSITIONS,
-    OLD_BIG_VISION_POSITIONS,
-    VIT_JAX_POSITIONS,
-    JaxLayout,
-    Rule,
-    fold_class_row,
-    group_by_theirs,
-)
+from .jax_checkpoints import open_jax_checkpoint, write_jax_checkpoint
+from .layouts import own_shapes
 from .modeling_hf_vit import (
     HfViTBackbone,
     HfViTForImageClassification,
@@ -40,114 +37,32 @@ from .modeling_hf_vit import (
 )
 from .position_embeddings import resample_position_embeddings
 from .safetensors_stream import PlannedTensor, write_safetensors
+from .torch_checkpoints import open_torch_checkpoint
+from .torch_files import SUFFIXES, find_weights, open_tensors
 
 
 logger = logging.get_logger(__name__)
 
-# Where the parameters of a Vision Transformer may lie in a file, and what may lie beside them there.
-_COMPANIONS = {
-    "": (),
-    "params/": ("opt/", "chrono/"),
-    "opt/target/": ("opt/state/",),
-    "0/": ("1", "2"),
-}
-_TOWER_COMPANIONS = ("txt/", "t", "b")
-_POSITIONS = (VIT_JAX_POSITIONS, OLD_BIG_VISION_POSITIONS, BIG_VISION_POSITIONS)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(HfViTConfig)} - {
     "architectures", "chunk_size_feed_forward", "dtype", "return_dict", "transformers_version"
 } | {"num_labels", "out_features", "out_indices"}  # fmt: skip
+_LABELS = ("num_labels", "id2label", "label2id")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-@dataclasses.dataclass(frozen=True)
-class JaxCheckpoint:
-    """An original checkpoint, understood: its arrays, the configuration, and the rules that tie them to ours.
-
-    Args:
-        left_out: Names in the file that belong to no image model: optimizer state, a text tower.
-        has_head: Whether there is a rule for a classifier. `config.num_labels` counts the classes in the file (0
-            without a head) even if its head was left out together with the layer before it.
-    """
-
-    arrays: ArrayFile
-    config: HfViTConfig
-    layout: JaxLayout
-    rules: list[Rule]
-    left_out: list[str]
-    has_head: bool
-
-    def tensor(self, rule: Rule) -> torch.Tensor:
-        """Return one of our parameters, in the dtype of the file.
-
-        Raises:
-            CheckpointError: if it is not made of finite floating-point numbers.
-        """
-        raw = self.arrays.read(rule.theirs)
-        value = rule.to_ours(raw)
-        if value.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr():
-            value = value.clone()  # our own memory: the file may go
-        if not value.is_floating_point():
-            raise CheckpointError(
-                f"{self.arrays.path}: {rule.theirs} has dtype {value.dtype}; expected floating point"
-            )
-        if not _is_finite(value):
-            raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has NaN or Inf; expected finite numbers")
-        return value
-
-
-@contextlib.contextmanager
-def open_jax_checkpoint(path: str | Path, **overrides: Any) -> Generator[JaxCheckpoint]:
-    """Open an original checkpoint (`.npz` of any dialect, or a fine-tuning `checkpoint_<step>`) and understand it.
-
-    Args:
-        overrides: Fields of `HfViTConfig` over what the file says or leaves open. `image_size` tells the grid where
-            the file cannot (a non-square one); the positions are not resampled here. `representation_size=None` drops
-            that layer and the head that follows it.
-
-    Raises:
-        CheckpointError: if the file is defective, or holds something else than a Vision Transformer.
-    """
-    with open_arrays(path) as arrays:
-        shapes = dict(arrays.shapes)
-        prefix, left_out = _find_prefix(arrays)
-        names = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-        names = {name: shape for name, shape in names.items() if prefix + name not in left_out}
-        try:
-            fields = _infer_fields(names)
-            num_labels = _shape(names, "head/kernel", 2)[1] if "head/kernel" in names else 0
-            has_head = num_labels > 0
-            if "representation_size" in fields and overrides.get("representation_size", 0) is None:
-                # the head that follows the layer goes with it, as in the reference's load_pretrained
-                dropped = [name for name in names if name.startswith(("pre_logits/", "head/"))]
-                left_out = left_out + [prefix + name for name in dropped]
-                names = {name: shape for name, shape in names.items() if name not in dropped}
-                has_head = False
-            layout = _infer_layout(names, prefix, fields, overrides, {arrays.dtypes[prefix + name] for name in names})
-            fields["image_size"] = _infer_image_size(names, layout, fields, overrides.get("image_size"))
-            kept = {name: value for name, value in overrides.items() if name not in ("image_size", "num_labels")}
-            origin = dataclasses.replace(layout, prefix="") if arrays.kind == "msgpack" else layout  # to write back
-            fields.update(num_labels=num_labels, checkpoint_layout=origin.to_dict())
-            config = HfViTConfig(**{**fields, **kept})
-            rules = layout.rules(config, num_labels if has_head else 0)
-        except CheckpointError as error:
-            raise CheckpointError(f"{arrays.path}: {error}") from None
-        except ValueError as error:
-            raise CheckpointError(f"{arrays.path}: describes no model: {error}") from error
-        _check_names(arrays, rules, {prefix + name for name in names})
-        yield JaxCheckpoint(arrays, config, layout, rules, left_out, has_head)
 
 
 def load_pretrained(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: Any, **kwargs: Any):
     """What `from_pretrained` of every model does. See `HfViTPreTrainedModel.from_pretrained`."""
-    path = _local_checkpoint(source)
-    if path is None:
-        return _load_folder(cls, source, *model_args, **kwargs)
-    return _load_jax(cls, path, **kwargs)
+    try:
+        opener = _foreign(cls, source, kwargs)
+        if opener is None:
+            return _load_own(cls, source, *model_args, **kwargs)
+        return _load_foreign(cls, opener, str(source), **kwargs)
+    except StrictDataclassError as error:  # of a field that the caller gave; those of files are named below
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def plan_conversion(
-    checkpoint: JaxCheckpoint, *, image_size: int | tuple[int, int] | None = None, num_labels: int | None = None
+    checkpoint: Checkpoint, *, image_size: int | tuple[int, int] | None = None, num_labels: int | None = None
 ) -> tuple[HfViTConfig, list[PlannedTensor]]:
     """Return the configuration of the model to be, and its parameters (without the `vit.` of a model with a head).
 
@@ -157,7 +72,7 @@ def plan_conversion(
     """
     config = copy.deepcopy(checkpoint.config)
     if image_size is not None:
-        config = HfViTConfig(**_with(_own_fields(config), image_size=image_size))  # validates
+        config = HfViTConfig(**updated(_own_fields(config), image_size=image_size))  # validates
     if num_labels is not None and num_labels != config.num_labels:  # else the names of the classes stay
         config.num_labels = num_labels
     keeps_head = checkpoint.has_head and config.num_labels == checkpoint.config.num_labels
@@ -186,6 +101,7 @@ def convert_jax_checkpoint(
     image_size: int | tuple[int, int] | None = None,
     num_labels: int | None = None,
     max_shard_bytes: int | None = None,
+    finish: Callable[[Path, Path], None] | None = None,
     **overrides: Any,
 ) -> HfViTConfig:
     """Write a folder that `from_pretrained` opens, tensor by tensor: the model is never in memory as a whole.
@@ -198,6 +114,8 @@ def convert_jax_checkpoint(
         image_size: Pixels, one number or (height, width): resamples the positions if the grid differs.
         num_labels: Makes a new head, zero as the reference's, if the file's has another width.
         max_shard_bytes: Splits the weights into files of at most about this size.
+        finish: Called with the complete folder, before it is moved into place, and the checkpoint file: may add files
+            to it, or raise to have nothing written.
         overrides: Fields of `HfViTConfig` over what the file says or leaves open.
 
     Returns:
@@ -209,7 +127,7 @@ def convert_jax_checkpoint(
     path = _local_checkpoint(source)
     if path is None:
         raise CheckpointError(f"{source}: expected a checkpoint file of the JAX code, got a folder or nothing")
-    with open_jax_checkpoint(path, **_with(overrides, image_size=image_size)) as checkpoint:
+    with open_jax_checkpoint(path, **updated(overrides, image_size=image_size)) as checkpoint:
         config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
         if config.num_labels and plan[-1].name != "classifier.bias":
             plan += _zero_head(config)
@@ -221,6 +139,8 @@ def convert_jax_checkpoint(
             write_safetensors(temporary, entries, max_shard_bytes=max_shard_bytes)
             config.save_pretrained(temporary)
             HfViTImageProcessor.for_model(config).save_pretrained(temporary)
+            if finish is not None:
+                finish(temporary, path)
     return config
 
 
@@ -233,232 +153,53 @@ def _zero_head(config: HfViTConfig) -> list[PlannedTensor]:
     ]
 
 
-def write_jax_checkpoint(
-    state: Mapping[str, torch.Tensor], config: HfViTConfig, path: str | Path, *, dialect: str | None = None
-) -> JaxLayout:
-    """Write an `.npz` file of the JAX code, tensor by tensor.
-
-    Args:
-        state: Our parameters by name, with or without the `vit.` of a model with a head; may read lazily.
-        dialect: One of `layouts.DIALECTS`; None for the one the model came from, with its prefix and dtype (or, for
-            a model born here, the one that holds it).
-
-    Returns:
-        The layout written.
-
-    Raises:
-        ValueError: if the dialect has no place for the model, or `state` is not a whole model.
-    """
-    names = {name.removeprefix("vit."): name for name in state}
-    layout = _layout_to_write(config, dialect)
-    rules = layout.rules(config, (config.num_labels or 0) if "classifier.weight" in names else 0)
-    expected = {rule.ours for rule in rules}
-    missing, extra = sorted(expected - set(names)), sorted(set(names) - expected)
-    if missing or extra:
-        raise ValueError(_two_lists("the model does not fit the layout", missing, extra))
-    folded = {}
-    if config.use_cls_token and not layout.has_class_row and "embeddings.position_embeddings" in names:
-        pair = ("embeddings.cls_token", "embeddings.position_embeddings")
-        folded = fold_class_row({name: state[names[name]] for name in pair})
-    groups = group_by_theirs(rules)
-
-    def assemble(group: list[Rule]) -> torch.Tensor:
-        parts = [rule.to_theirs(folded.get(rule.ours, state[names[rule.ours]])) for rule in group]
-        whole = parts[0] if group[0].part is None else torch.cat(parts).reshape(group[0].theirs_shape)
-        return _narrowed(whole, layout.dtype)
-
-    write_npz(path, ((name, assemble(groups[name])) for name in sorted(groups)))
-    return layout
+# -- what a source is
 
 
-def _layout_to_write(config: HfViTConfig, dialect: str | None) -> JaxLayout:
-    origin = JaxLayout.from_dict(config.checkpoint_layout) if config.checkpoint_layout else None
-    if origin is not None and dialect in (None, origin.dialect):
-        return origin
-    if dialect is None:
-        needs_big_vision = config.pooling == "map" or config.position_embedding_type == "sincos2d"
-        dialect = "big_vision" if needs_big_vision else "linen"
-    return JaxLayout.of_dialect(dialect)
+Opener = Callable[..., AbstractContextManager[Checkpoint]]
 
 
-def _narrowed(value: torch.Tensor, dtype: str) -> torch.Tensor:
-    """`value` in the dtype that its file had, if that loses nothing (a fine-tuned model stays float32)."""
-    narrow = value.to(_DTYPES[dtype])
-    return narrow if torch.equal(narrow.to(value.dtype), value) else value
+def _foreign(cls: type[HfViTPreTrainedModel], source: str | Path, kwargs: dict[str, Any]) -> Opener | None:
+    """What opens a foreign checkpoint; None for our own layout. Takes from `kwargs` what it needs of them."""
+    path, preset = Path(source), kwargs.pop("preset", None)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return functools.partial(_open_torch, cls, [path], None, preset=preset)
+    jax = _local_checkpoint(source)
+    if jax is not None:
+        return functools.partial(open_jax_checkpoint, jax)
+    hub = _hub_arguments(kwargs)
+    stored = _stored_config(source, hub)
+    if stored is None:
+        weights = find_weights(source, hub) if path.is_dir() else []
+        if not weights or (path / "adapter_config.json").is_file():
+            return None  # transformers follows an adapter to its base, or says what is missing
+        return functools.partial(_open_torch, cls, weights, None, preset=preset)
+    if preset is not None:
+        raise ValueError(f"{source}: has a config.json, so preset={preset!r} has nothing to tell; leave it out")
+    kind = stored.get("model_type")
+    if kind == "hf_vit":
+        return None
+    if kind not in ("vit", "deit") and "architecture" not in stored:
+        raise CheckpointError(f"{source}: model_type is {kind!r}; expected hf_vit, vit, deit, or timm's config.json")
+    weights = find_weights(source, hub)
+    if not weights:
+        raise CheckpointError(f"{source}: has a config.json but no weights (model.safetensors)")
+    given = kwargs.get("config")
+    if isinstance(given, PreTrainedConfig) and given.model_type == kind:
+        stored = {**stored, **kwargs.pop("config").to_dict()}
+    return functools.partial(_open_torch, cls, weights, stored)
 
 
-# -- understanding a file
-
-
-def _find_prefix(arrays: ArrayFile) -> tuple[str, list[str]]:
-    """Where the image model lies, and what lies beside it that is known not to belong to it."""
-    for outer, beside in _COMPANIONS.items():
-        for tower in ("", "img/"):
-            prefix = outer + tower
-            if f"{prefix}embedding/kernel" in arrays.shapes:
-                companions = beside + (tuple(outer + name for name in _TOWER_COMPANIONS) if tower else ())
-                left_out = [name for name in arrays.shapes if _is_companion(name, companions)]
-                known = {name for name in arrays.shapes if name.startswith(prefix)} | set(left_out)
-                unknown = [name for name in arrays.shapes if name not in known]
-                if unknown:
-                    raise CheckpointError(f"{arrays.path}: {_listing('tensors of no known use', unknown, '+')}")
-                return prefix, left_out
-    raise CheckpointError(f"{arrays.path}: {_what_it_is(arrays)}")
-
-
-def _is_companion(name: str, companions: tuple[str, ...]) -> bool:
-    return any(name.startswith(c) if c.endswith("/") else name == c or name.startswith(c + "/") for c in companions)
-
-
-def _what_it_is(arrays: ArrayFile) -> str:
-    if any("MixerBlock_" in name or name.startswith("Mixer/") for name in arrays.shapes):
-        return "holds an MLP-Mixer, which is another architecture; expected a Vision Transformer"
-    if any("txt/" in name or "BertEncoder" in name or "Embed_0" in name for name in arrays.shapes):
-        return "holds a text model; expected a Vision Transformer (embedding/kernel)"
-    first = ", ".join(list(arrays.shapes)[:3])
-    return (
-        f"holds no Vision Transformer: expected a tensor embedding/kernel, got {len(arrays.shapes)} others ({first})"
-    )
-
-
-def _infer_fields(names: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of the configuration that the shapes tell."""
-    kernel = _shape(names, "embedding/kernel", 4)
-    blocks = _numbered(names, r"Transformer/encoderblock_(\d+)/")
-    stacked = [name for name in names if name.startswith("Transformer/encoderblock/")]
-    if not blocks and not stacked:
-        raise CheckpointError("has no encoder blocks (Transformer/encoderblock_0/...)")
-    number, block = (1, "Transformer/encoderblock/") if stacked else (0, "Transformer/encoderblock_0/")
-    query = _shape(names, _find(names, rf"{block}MultiHeadDotProductAttention_\d/query/kernel"), 3 + number)
-    dense = _shape(names, _find(names, rf"{block}MlpBlock_\d/Dense_0/kernel"), 2 + number)
-    fields: dict[str, Any] = {
-        "hidden_size": kernel[3],
-        "num_hidden_layers": query[0] if stacked else max(blocks) + 1,
-        "num_attention_heads": query[-2],
-        "intermediate_size": dense[-1],
-        "patch_size": kernel[0] if kernel[0] == kernel[1] else [kernel[0], kernel[1]],
-        "num_channels": kernel[2],
-        "use_cls_token": "cls" in names,
-        "pooling": "token" if "cls" in names else "gap",
-    }
-    if "conv_root/kernel" in names:
-        fields.update(_infer_stem(names))
-    if any(name.endswith("probe") for name in names):
-        fields["pooling"] = "map"
-    if not any(name in names for name in _POSITIONS):
-        fields["position_embedding_type"] = "sincos2d"
-    if "pre_logits/kernel" in names:
-        fields["representation_size"] = _shape(names, "pre_logits/kernel", 2)[1]
-    return fields
-
-
-def _infer_stem(names: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    root = _shape(names, "conv_root/kernel", 4)
-    stages = range(1, max(_numbered(names, r"block(\d+)/unit"), default=0) + 1)
-    units = [max(_numbered(names, rf"block{i}/unit(\d+)/"), default=0) for i in stages]
-    factor = root[3] // 64 if root[3] % 64 == 0 else root[3] / 64
-    return {"num_channels": root[2], "resnet_layers": units, "resnet_width_factor": factor}
-
-
-def _infer_layout(
-    names: dict[str, tuple[int, ...]],
-    prefix: str,
-    fields: dict[str, Any],
-    overrides: dict[str, Any],
-    dtypes: set[torch.dtype],
-) -> JaxLayout:
-    position = next((name for name in _POSITIONS if name in names), BIG_VISION_POSITIONS)
-    is_vit_jax = position == VIT_JAX_POSITIONS
-    dialect = "linen" if is_vit_jax else "big_vision"
-    if any("/MlpBlock_3/" in name for name in names):
-        dialect = "prelinen"
-    dtype = next((name for name, kind in _DTYPES.items() if dtypes == {kind}), "float32")
-    return JaxLayout(
-        dialect=dialect,
-        prefix=prefix,
-        is_stacked=any(name.startswith("Transformer/encoderblock/") for name in names),
-        has_flat_group_norm=len(names.get("gn_root/scale", (0,))) == 1,
-        positions=position,
-        has_class_row=is_vit_jax or (position in names and _has_class_row(names[position], fields, overrides)),
-        has_inlined_map="probe" in names,
-        dtype=dtype,
-    )
-
-
-def _has_class_row(shape: tuple[int, ...], fields: dict[str, Any], overrides: dict[str, Any]) -> bool:
-    """Whether a table outside `posembed_input` has a row for the class token, as the oldest big_vision files do."""
-    rows = shape[1] if len(shape) == 3 else 0
-    if not fields["use_cls_token"]:
-        return False
-    if overrides.get("image_size") is not None:
-        patches = _patches_of(fields, overrides["image_size"])
-        if patches in (rows, rows - 1):
-            return patches == rows - 1
-    return math.isqrt(rows - 1) ** 2 == rows - 1 if rows > 1 else False
-
-
-def _infer_image_size(
-    names: dict[str, tuple[int, ...]],
-    layout: JaxLayout,
-    fields: dict[str, Any],
-    asked: int | tuple[int, int] | None,
-) -> int | tuple[int, int]:
-    """Pixels of the grid that the position table of the file has."""
-    if layout.positions not in names:
-        return 224 if asked is None else asked
-    rows = _shape(names, layout.positions, 3)[1]
-    patches = rows - int(fields["use_cls_token"] and layout.has_class_row)
-    if asked is not None and _patches_of(fields, asked) == patches:
-        return asked
-    side = math.isqrt(max(patches, 0))
-    if patches < 1 or side * side != patches:
-        raise CheckpointError(
-            f"{layout.positions} is for {patches} patches, which is no square grid: pass image_size=(height, width)"
-        )
-    stride, patch = stem_stride(fields.get("resnet_layers")), fields["patch_size"]
-    if isinstance(patch, int):
-        return side * patch * stride
-    return (side * patch[0] * stride, side * patch[1] * stride)
-
-
-def _patches_of(fields: dict[str, Any], image_size: int | tuple[int, int]) -> int:
-    return math.prod(HfViTConfig(**_with(fields, image_size=image_size)).grid_size)
-
-
-def _numbered(names: Iterable[str], pattern: str) -> set[int]:
-    return {int(match[1]) for name in names if (match := re.match(pattern, name))}
-
-
-def _find(names: Iterable[str], pattern: str) -> str:
-    name = next((name for name in names if re.fullmatch(pattern, name)), None)
-    if name is None:
-        raise CheckpointError(f"has no tensor like {pattern}")
-    return name
-
-
-def _shape(names: dict[str, tuple[int, ...]], name: str, dimensions: int) -> tuple[int, ...]:
-    shape = names[name]
-    if len(shape) != dimensions or min(shape) < 1:
-        raise CheckpointError(f"{name} has shape {shape}; expected {dimensions} positive sizes")
-    return shape
-
-
-def _check_names(arrays: ArrayFile, rules: list[Rule], names: set[str]) -> None:
-    """Every tensor is used, and has the shape that the configuration asks for."""
-    expected = {rule.theirs: rule.theirs_shape for rule in rules}
-    missing, extra = [name for name in expected if name not in names], sorted(names - set(expected))
-    if missing or extra:
-        raise CheckpointError(f"{arrays.path}: {_two_lists('its tensors are not those of one model', missing, extra)}")
-    for name, shape in expected.items():
-        if arrays.shapes[name] != shape:
-            raise CheckpointError(f"{arrays.path}: {name} has shape {arrays.shapes[name]}; expected {shape}")
-
-
-# -- loading into a model
+def _open_torch(
+    cls: type[HfViTPreTrainedModel], paths: list[Path], stored: dict[str, Any] | None, **overrides: Any
+) -> AbstractContextManager[Checkpoint]:
+    if not issubclass(cls, HfViTModel):  # in transformers no head sees what the pooler makes
+        overrides.setdefault("representation_size", None)
+    return open_torch_checkpoint(paths, stored, **overrides)
 
 
 def _local_checkpoint(source: str | Path) -> Path | None:
-    """The file that `source` names, fetched where it has to be; None for a folder or a Hub id."""
+    """The file of the JAX code that `source` names, fetched where it has to be; None for a folder or a Hub id."""
     path = Path(source)
     if path.is_file():
         return path
@@ -467,15 +208,39 @@ def _local_checkpoint(source: str | Path) -> Path | None:
     return None
 
 
-def _load_jax(cls: type[HfViTPreTrainedModel], path: Path, **kwargs: Any):
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+def _stored_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """The `config.json` of a folder or of a repository on the Hub; None where there is none."""
+    local = Path(source) / hub.get("subfolder", "") / "config.json"
+    if Path(source).is_dir() and not local.is_file():
+        return None
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
+    except (RecursionError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source}: config.json is no object of JSON: {error!r}") from error
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{source}: config.json is no object of JSON, but a {type(stored).__name__}")
+    return stored
+
+
+# -- foreign layouts
+
+
+def _load_foreign(cls: type[HfViTPreTrainedModel], opener: Opener, label: str, **kwargs: Any):
     image_size, given = kwargs.pop("image_size", None), kwargs.pop("config", None)
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in _CONFIG_FIELDS}
+    for name in (*_HUB_ARGUMENTS, "ignore_mismatched_sizes", "_commit_hash", "use_safetensors", "weights_only"):
+        kwargs.pop(name, None)
     if given is not None:
         image_size = given.image_size if image_size is None else image_size
         fields = {**_own_fields(given), **fields}
-    labels = {name: fields.pop(name) for name in ("num_labels", "id2label", "label2id") if name in fields}
+    labels = {name: fields.pop(name) for name in _LABELS if name in fields}
     num_labels = labels.get("num_labels", len(labels["id2label"]) if labels.get("id2label") else None)
-    with open_jax_checkpoint(path, **_with(fields, image_size=image_size)) as checkpoint:
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
+    with opener(**updated(fields, image_size=image_size)) as checkpoint:
         config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
         for name in ("id2label", "label2id"):
             if labels.get(name):
@@ -485,31 +250,93 @@ def _load_jax(cls: type[HfViTPreTrainedModel], path: Path, **kwargs: Any):
         unused = [entry.name for entry in plan if not _has_place_for(cls, entry.name)]
         for reason, names in ((f"{cls.__name__} has no place for", unused), ("not read", checkpoint.left_out)):
             if names:
-                logger.warning(_listing(f"{path}: {reason}", names, "-"))
-        state = {_our_name(entry.name, wrapped=is_wrapped): entry.read().to(torch.float32) for entry in used}
-    kwargs.setdefault("dtype", torch.float32)  # the reference computes in float32 whatever the file stores
-    kwargs.pop("ignore_mismatched_sizes", None)
-    model = _load_strictly(cls, None, str(path), allow_new_head=True, config=config, state_dict=state, **kwargs)
-    (model[0] if isinstance(model, tuple) else model).config._name_or_path = str(path)
+                logger.warning(listing(f"{label}: {reason}", names, "-"))
+        state = {_our_name(entry.name, wrapped=is_wrapped): entry.read().to(checkpoint.dtype) for entry in used}
+        kwargs["dtype"] = checkpoint.dtype if dtype == "auto" else dtype
+    model = _load_strictly(cls, None, label, allow_new_head=True, config=config, state_dict=state, **kwargs)
+    (model[0] if isinstance(model, tuple) else model).config._name_or_path = label
     return model
 
 
-def _load_folder(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: Any, **kwargs: Any):
+# -- our own layout
+
+
+def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: Any, **kwargs: Any):
     """A folder or a Hub id in our own layout."""
-    wanted = kwargs.pop("image_size", None)
-    config = kwargs.get("config")
-    if isinstance(config, HfViTConfig):
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        stored = HfViTConfig.get_config_dict(source, **hub)[0].get("image_size", 224)
-        if wanted is None and config.image_size != stored:
-            wanted = config.image_size
-            kwargs["config"] = HfViTConfig(**_with(_own_fields(config), image_size=stored))
+    hub, wanted, config = _hub_arguments(kwargs), kwargs.pop("image_size", None), kwargs.get("config")
     asked = config is not None or any(name in kwargs for name in ("num_labels", "id2label"))
     asked = asked or kwargs.pop("ignore_mismatched_sizes", False)
+    stored = _stored_config(source, hub)
+    if stored is not None:
+        own = _checked_config(
+            source, stored, config, {name: kwargs[name] for name in kwargs if name in _CONFIG_FIELDS - {*_LABELS}}
+        )
+        if not (stored.get("quantization_config") or kwargs.get("gguf_file") or kwargs.get("variant")):
+            _check_headers(cls, source, own, hub, allow_new_head=asked)
+        if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
+            wanted, kwargs["config"] = config.image_size, own
     result = _load_strictly(cls, source, str(source), *model_args, allow_new_head=asked, **kwargs)
     if wanted is not None:
         (result[0] if isinstance(result, tuple) else result).resize_position_embeddings(wanted)
     return result
+
+
+def _checked_config(
+    source: str | Path, stored: dict[str, Any], given: PreTrainedConfig | None, fields: dict[str, Any]
+) -> HfViTConfig:
+    """The configuration of the weights in a folder of ours, other fields put over it; refused if it is no model's."""
+    label = f"{source}: config.json"
+    try:
+        config = HfViTConfig.from_dict(stored)
+        origin = (config.checkpoint_layout or {}).get("num_attention_heads") or config.num_attention_heads
+    except UNFIT as error:
+        raise CheckpointError(f"{label} describes no model: {error}") from error
+    if isinstance(given, HfViTConfig):
+        image_size, config = config.image_size, copy.deepcopy(given)
+        config.image_size = image_size
+    elif fields:
+        config = HfViTConfig.from_dict(stored, **fields)
+        config.validate_architecture()
+    if config.num_attention_heads != origin:
+        raise CheckpointError(
+            f"{label} has {config.num_attention_heads} heads; the weights were read from a checkpoint with {origin}"
+        )
+    return config
+
+
+def _check_headers(
+    cls: type[HfViTPreTrainedModel],
+    source: str | Path,
+    config: HfViTConfig,
+    hub: dict[str, Any],
+    *,
+    allow_new_head: bool,
+) -> None:
+    """Compare the names, shapes and dtypes in the files with those of the model before anything is allocated."""
+    paths = find_weights(source, hub)
+    if not paths or paths[0].suffix != ".safetensors":
+        return  # transformers says what is missing; pickled weights are compared after loading
+    with open_tensors(paths) as tensors:
+        found = {name.removeprefix("vit."): shape for name, shape in tensors.shapes.items()}
+    expected = own_shapes(config, config.num_labels or 0, has_mask_token=True, has_decoder=True)
+    needed = {name for name in expected if _has_place_for(cls, name) and not _is_new(name)}
+    missing, extra = sorted(needed - set(found)), sorted(set(found) - set(expected))
+    if not config.num_labels:
+        extra = [name for name in extra if not name.startswith("classifier.")]
+    bad = [
+        f"{name}: file {shape}, model {expected[name]}"
+        for name, shape in found.items()
+        if name in expected
+        and shape != expected[name]
+        and _has_place_for(cls, name)
+        and not (allow_new_head and _is_new(name))
+    ]
+    if missing or extra or bad:
+        problems = two_lists("its tensors are not those of the model", missing, extra)
+        raise CheckpointError(f"{source}: {problems}" + (listing("; mis-shaped", bad, "!") if bad else ""))
+
+
+# -- transformers' loading, made strict
 
 
 def _load_strictly(
@@ -531,14 +358,14 @@ def _load_strictly(
         shapes = [
             f"{name}: file {tuple(theirs)}, model {tuple(ours)}" for name, theirs, ours in info["mismatched_keys"]
         ]
-        problems = _two_lists("its tensors are not those of the model", missing, extra)
-        raise CheckpointError(f"{label}: {problems}" + (_listing("; mis-shaped", shapes, "!") if lost else ""))
-    bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and not _is_finite(value)]
+        problems = two_lists("its tensors are not those of the model", missing, extra)
+        raise CheckpointError(f"{label}: {problems}" + (listing("; mis-shaped", shapes, "!") if lost else ""))
+    bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and not is_finite(value)]
     if bad:
-        raise CheckpointError(f"{label}: {_listing('tensors with NaN or Inf', bad, '!')}")
+        raise CheckpointError(f"{label}: {listing('tensors with NaN or Inf', bad, '!')}")
     new = sorted({name for name in [*info["missing_keys"], *mismatched] if _is_new(name)})
     if new:
-        logger.warning(_listing(f"{label}: made new, because the checkpoint has none that fits", new, "+"))
+        logger.warning(listing(f"{label}: made new, because the checkpoint has none that fits", new, "+"))
     return (model, info) if wants_info else model
 
 
@@ -572,34 +399,18 @@ def _has_place_for(cls: type[HfViTPreTrainedModel], name: str) -> bool:
 
 
 def _our_name(name: str, *, wrapped: bool) -> str:
-    return f"vit.{name}" if wrapped and not name.startswith("classifier.") else name
+    return f"vit.{name}" if wrapped and not name.startswith(("classifier.", "decoder.")) else name
 
 
 def _own_fields(config: HfViTConfig) -> dict[str, Any]:
     return {name: copy.deepcopy(getattr(config, name)) for name in _CONFIG_FIELDS if hasattr(config, name)}
 
 
-def _with(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """`fields` with those `changes` that are not None."""
-    return {**fields, **{name: value for name, value in changes.items() if value is not None}}
-
-
-# -- small
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    if value.is_meta:
-        return True
-    total = value.sum(dtype=torch.float32 if value.dtype != torch.float64 else None)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
-
-
-def _two_lists(reason: str, missing: list[str], extra: list[str]) -> str:
-    lists = [_listing("missing", missing, "-")] if missing else []
-    lists += [_listing("left over", extra, "+")] if extra else []
-    return f"{reason}: " + "; ".join(lists)
-
-
-def _listing(title: str, names: list[str], sign: str) -> str:
-    shown = ", ".join(f"{sign}{name}" for name in names[:5])
-    return f"{title}: {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+__all__ = [
+    "CheckpointError",
+    "convert_jax_checkpoint",
+    "load_pretrained",
+    "open_jax_checkpoint",
+    "plan_conversion",
+    "write_jax_checkpoint",
+]

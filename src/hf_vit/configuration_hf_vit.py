@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -195,6 +196,8 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         _one_of("position_resampling", self.position_resampling, POSITION_RESAMPLINGS)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is no activation of transformers, such as gelu")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"

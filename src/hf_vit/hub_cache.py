@@ -4,8 +4,25 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
 
 from .containers import CheckpointError
+
+
+def verify_download(source: str | os.PathLike[str], **where: Any) -> int:
+    """Check the weights that were just loaded from `source`; return how many files were checked.
+
+    Args:
+        source: a Hub id, or a folder.
+        where: `cache_dir`, `revision`, `subfolder`, as they were given to `from_pretrained`.
+    Raises:
+        CheckpointError: if a file is not what it is filed under.
+    """
+    if Path(source).is_dir():
+        return verify_snapshot(source)
+    return verify_snapshot(Path(str(cached_file(source, "config.json", local_files_only=True, **where))).parent)
 
 
 def verify_snapshot(folder: str | os.PathLike[str]) -> int:

@@ -52,7 +52,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "resample": PILImageResampling.BOX,
         "rounding": "truncate",
         "do_center_crop": True,
-        "crop_pct": 224 / 256,
+        "crop_pct": 0.875,
     },
     "timm": {
         "resample": PILImageResampling.BICUBIC,
@@ -352,9 +352,7 @@ def _from_timm(pretrained: dict[str, Any]) -> dict[str, Any]:
     crop_pct, mode = pretrained.get("crop_pct") or 0.875, pretrained.get("crop_mode") or "center"
     resample = (pretrained.get("interpolation") or "bicubic").upper()
     if mode not in ("center", "squash") or (mode == "center" and height != width):
-        raise ValueError(
-            f"crop_mode is {mode} at {height}x{width}: expected squash, or center of a square; give our own fields"
-        )
+        raise ValueError(f"crop_mode is {mode} at {height}x{width}: expected squash, or center of a square")
     if resample not in PILImageResampling.__members__:
         raise ValueError(f"interpolation is {resample.lower()}: expected a filter of Pillow, such as bicubic")
     resized = {"height": floor(height / crop_pct), "width": floor(width / crop_pct)}
@@ -456,6 +454,8 @@ class _Protocols(BaseImageProcessor):
             governed = {"crop_size"}.union(*PROTOCOLS.values())
             fields = {name: value for name, value in fields.items() if name not in governed}
             fields |= {"size": result} if result else {}
+        elif "size" in kwargs and fields.get("crop_pct"):
+            fields.pop("crop_size", None)  # the size given is that of the result
         return super().from_dict(fields, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
@@ -465,7 +465,10 @@ class _Protocols(BaseImageProcessor):
         if isinstance(image_url_or_urls, (str, PathLike)):
             path = fspath(image_url_or_urls)
             if isinstance(image_url_or_urls, PathLike) or isfile(path):
-                return Image.open(path, formats=IMAGE_FORMATS)
+                with Image.open(path, formats=IMAGE_FORMATS) as image:
+                    image = upright(image)
+                    image.load()
+                    return image
             return load_image(path)
         return super().fetch_images(image_url_or_urls)
 

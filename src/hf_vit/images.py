@@ -52,8 +52,8 @@ def read_pixels(source: Source, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor
     """
     with _opened(source) as image:
         standing, decode = upright(image, max_pixels=max_pixels), _jpeg_decoder()
-        if decode and standing is image and isinstance(image, JpegImageFile) and image.mode == "RGB" and image.fp:
-            image.fp.seek(0)
+        if decode and isinstance(image, JpegImageFile) and image.mode == "RGB" and image.fp:
+            image.fp.seek(0)  # Pillow has not read it: neither loaded before nor turned upright just now
             return decode(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), 3)  # 3 is RGB
         return torch.from_numpy(to_numpy_array(to_color(standing))).permute(2, 0, 1)
 

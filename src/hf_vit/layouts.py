@@ -9,6 +9,7 @@ Letters in shapes: D hidden_size, K heads of d = D / K, L blocks, N rows of the 
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -83,6 +84,7 @@ class JaxLayout:
         has_class_row: Whether that table has a row for the class token.
         has_inlined_map: Whether the attention pooling lies at the top, not under `MAPHead_0` (old big_vision).
         dtype: The dtype of every tensor in the file, as torch calls it.
+        num_attention_heads: Heads of the model in the file, which our own tensors do not tell; 0 where unknown.
     """
 
     dialect: str = "linen"
@@ -93,6 +95,7 @@ class JaxLayout:
     has_class_row: bool = True
     has_inlined_map: bool = False
     dtype: str = "float32"
+    num_attention_heads: int = 0
 
     @classmethod
     def of_dialect(cls, dialect: str, **details: Any) -> "JaxLayout":
@@ -223,6 +226,126 @@ class JaxLayout:
         shape = (channels,) if self.has_flat_group_norm else (1, 1, 1, channels)
         yield Rule(f"{ours}.weight", f"{theirs}/scale", "same", (channels,), shape)
         yield Rule(f"{ours}.bias", f"{theirs}/bias", "same", (channels,), shape)
+
+
+# The layouts of PyTorch code. All keep our axis order, so that renaming is all: (pattern, replacement) pairs that turn
+# our names into theirs, each applied in turn. Blocks of timm's stem are counted from 0, ours from 1.
+TORCH_LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "transformers": (
+        (r"patch_embeddings\.", "patch_embeddings.projection."),
+        (r"^encoder\.layer\.", "layers."),
+        (r"attention_norm", "layernorm_before"),
+        (r"ffn_norm", "layernorm_after"),
+        (r"\.attn\.(q|k|v|o)\w+\.", r".attention.\1_proj."),
+        (r"\.ffn\.", ".mlp."),
+        (r"^encoder\.encoder_norm", "layernorm"),
+        (r"^pre_logits", "pooler.dense"),
+    ),
+    "transformers_v4": (
+        (r"patch_embeddings\.", "patch_embeddings.projection."),
+        (r"attention_norm", "layernorm_before"),
+        (r"ffn_norm", "layernorm_after"),
+        (r"\.attn\.out\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.attention."),
+        (r"\.ffn\.fc1\.", ".intermediate.dense."),
+        (r"\.ffn\.fc2\.", ".output.dense."),
+        (r"^encoder\.encoder_norm", "layernorm"),
+        (r"^pre_logits", "pooler.dense"),
+    ),
+    "timm": (
+        (r"^embeddings\.cls_token", "cls_token"),
+        (r"^embeddings\.position_embeddings", "pos_embed"),
+        (r"^embeddings\.patch_embeddings", "patch_embed.proj"),
+        (r"^embeddings\.hybrid_model\.root\.gn", "patch_embed.backbone.stem.norm"),
+        (r"^embeddings\.hybrid_model\.root", "patch_embed.backbone.stem"),
+        (r"^embeddings\.hybrid_model\.body\.block(\d+)\.unit(\d+)", r"patch_embed.backbone.stages.\1.blocks.\2"),
+        (r"\.downsample\.", ".downsample.conv."),
+        (r"\.gn_proj", ".downsample.norm"),
+        (r"\.gn(\d)", r".norm\1"),
+        (r"^pooler\.attn\.(key|value)", "attn_pool.kv"),
+        (r"^pooler\.attn\.query", "attn_pool.q"),
+        (r"^pooler\.attn\.out", "attn_pool.proj"),
+        (r"^pooler\.probe", "attn_pool.latent"),
+        (r"^pooler\.ffn_norm", "attn_pool.norm"),
+        (r"^pooler\.ffn", "attn_pool.mlp"),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"\.attention_norm", ".norm1"),
+        (r"\.ffn_norm", ".norm2"),
+        (r"\.attn\.(query|key|value)", ".attn.qkv"),
+        (r"\.attn\.out", ".attn.proj"),
+        (r"\.ffn\.", ".mlp."),
+        (r"^encoder\.encoder_norm", "norm"),
+        (r"^classifier", "head"),
+    ),
+    "seed": ((r"^(embeddings|encoder)\.", r"transformer.\1."), (r"^classifier", "head")),
+    "own": (),
+}
+# What these layouts stack, in order.
+_FUSED = {"attn.qkv": ("query", "key", "value"), "attn_pool.kv": ("key", "value")}
+
+
+def torch_rules(
+    layout: str,
+    config: Any,
+    num_labels: int,
+    *,
+    prefix: str = "",
+    has_class_row: bool = True,
+    has_mask_token: bool = False,
+    has_decoder: bool = False,
+) -> list[Rule]:
+    """Return every rule of a layout of PyTorch code for a model of `config` with `num_labels` classes (0: no head).
+
+    Args:
+        layout: A name in `TORCH_LAYOUTS`.
+        prefix: What precedes every name but those of a task: `"vit."` in a model of transformers with a head.
+        has_class_row: Whether the table of positions has a row for the class token.
+        has_mask_token, has_decoder: Whether there are the parts of masked image modelling.
+    """
+    shapes = own_shapes(config, num_labels, has_mask_token=has_mask_token, has_decoder=has_decoder)
+    rules = [_torch_rule(layout, config, name, shape) for name, shape in shapes.items()]
+    for i, rule in enumerate(rules):
+        theirs = rule.theirs if rule.ours.startswith(("classifier.", "decoder.")) else prefix + rule.theirs
+        rules[i] = dataclasses.replace(rule, theirs=theirs)
+        if rule.ours == "embeddings.position_embeddings" and config.use_cls_token and not has_class_row:
+            _, rows, width = rule.ours_shape
+            rules[i] = dataclasses.replace(rules[i], axes="rows", theirs_shape=(1, rows - 1, width))
+    return rules
+
+
+def own_shapes(
+    config: Any, num_labels: int, *, has_mask_token: bool = False, has_decoder: bool = False
+) -> dict[str, Shape]:
+    """Return the names and shapes of all parameters of a model, without the `vit.` of a model with a head."""
+    rules = JaxLayout()._rules(config, num_labels)
+    shapes = {rule.ours: rule.ours_shape for rule in rules if config.qkv_bias or not _is_qkv_bias(rule.ours)}
+    if has_mask_token:
+        shapes["embeddings.mask_token"] = (1, 1, config.hidden_size)
+    if has_decoder:
+        pixels = math.prod(_pair(config.patch_size)) * config.stem_stride**2 * config.num_channels
+        shapes["decoder.0.weight"], shapes["decoder.0.bias"] = (pixels, config.hidden_size, 1, 1), (pixels,)
+    return shapes
+
+
+def _torch_rule(layout: str, config: Any, ours: str, shape: Shape) -> Rule:
+    theirs = ours
+    for pattern, replacement in TORCH_LAYOUTS[layout]:
+        theirs = re.sub(pattern, replacement, theirs)
+    if layout == "timm":
+        theirs = re.sub(
+            r"stages\.(\d+)\.blocks\.(\d+)", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}", theirs
+        )
+        if config.resnet_layers is not None and not config.resnet_layers:
+            theirs = theirs.replace("backbone.stem.", "backbone.")  # the root alone is no module of its own
+        for fused, parts in _FUSED.items():
+            if fused in theirs:
+                part = (parts.index(ours.split(".")[-2]), len(parts))
+                return Rule(ours, theirs, "same", shape, (len(parts) * shape[0], *shape[1:]), part)
+    return _same(ours, theirs, shape)
+
+
+def _is_qkv_bias(name: str) -> bool:
+    return name.endswith((".query.bias", ".key.bias", ".value.bias"))
 
 
 def fold_class_row(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -384,6 +384,11 @@ class HfViTPreTrainedModel(PreTrainedModel):
         assert isinstance(embeddings, Embeddings)
         return embeddings
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any):
+        """Push with image processor, code and card in one commit; without the package, as transformers does."""
+        hub = _installed_module("hub")
+        return super().push_to_hub(repo_id, **kwargs) if hub is None else hub.push(self, repo_id, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self._embeddings.patch_embeddings
 

@@ -33,7 +33,7 @@ def extract_features(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) 
         with torch.inference_mode():
             for batch in batches:
                 pooled = base(pixel_values=batch["pixel_values"].to(base.device, base.dtype)).pooler_output
-                if pooled is None:
+                if pooled is None or pooled.ndim != 2:
                     raise ValueError("the model has no pooled output: load it with pooling= token, gap or map")
                 features.append(pooled.float().cpu())
                 labels.append(batch["labels"].cpu())

@@ -4,6 +4,7 @@ Letters: B samples, C channels, H x W pixels of the picture, h x w pixels that t
 """
 
 import itertools
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import PIL.Image
 import torch.distributed
@@ -367,13 +368,21 @@ def _decode(cell: Any, *, name: str = "embedded picture") -> PIL.Image.Image:
         raise ImageError(f"{name}: there is no picture in this row")
     if not isinstance(cell, dict):
         return read_image(cell)
-    if cell["bytes"] is None:
-        return read_image(cell["path"])
-    name = f"{name} ({cell['path']})" if cell["path"] else name
-    try:
-        return read_image(io.BytesIO(cell["bytes"]))
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
+    path, content = cell["path"], cell["bytes"]
+    if content is None and "://" not in path:
+        return read_image(path)
+    if content is None:  # a file of a streamed repository
+        with fsspec.open(path, "rb") as file:
+            return read_image(_Named(file.read(), path))
+    return read_image(_Named(content, f"{name} ({path})" if path else name))
+
+
+class _Named(io.BytesIO):
+    """Bytes that errors name as a file is named."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.name = name
 
 
 def _streams(parts: dict[str, Any], dataset: str, bad_images: str) -> IterableDatasetDict:

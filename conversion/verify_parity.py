@@ -1,0 +1,278 @@
+"""Proof that a model computes what its original checkpoint does: both run on the same pictures, step by step.
+
+The oracle (`reference_numpy.py`) reads the checkpoint itself and shares nothing with the package. The certificate
+names the checkpoint by its sha256 and gives the largest difference of every step.
+
+    python conversion/verify_parity.py MODEL --against CHECKPOINT.npz [--json FILE]
+"""
+
+import hashlib
+import json
+import platform
+import sys
+import zipfile
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import reference_numpy as reference
+import torch
+from transformers import HfArgumentParser
+
+from hf_vit import HfViTConfig, HfViTForImageClassification
+
+
+# What float32 leaves undecided, as a share of a step's largest value (of 1 where that is smaller): the reference run
+# operation by operation differs from itself by 1.3e-5 at a block's output, 5e-6 at the logits of a tiny model and up
+# to 5e-5 at those of the largest. A wrong epsilon or GELU is 10 to 1,000 times above.
+BOUNDS = {"logits": 1e-5, "features": 1e-5, "posemb": 1e-6, "attn": 1e-5}
+BOUND_OF_A_STEP = 5e-5  # tokens, blocks, encoded
+HYBRID_BOUND = 2e-5  # logits and features behind a stem
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, how far apart it is, and whether that is within bounds.
+
+    Args:
+        source: The checkpoint's file name, or the address that it was fetched from.
+        tensors: Parameters of the model.
+        head: `"checkpoint"`, `"new"` (not compared: the file has none like it) or `"none"`.
+        image_size: (height, width) of the pictures in pixels.
+        differences: The largest absolute difference of each step.
+        relative_differences: The same, divided by the largest value of the step in the reference.
+        bounds: What each absolute difference may be; `bound` is that of the last step.
+        passed: Whether each is within its bound.
+    """
+
+    source: str
+    sha256: str
+    tensors: int
+    dtype: str
+    head: str
+    image_size: tuple[int, int]
+    pictures: int
+    versions: dict[str, str]
+    differences: dict[str, float]
+    relative_differences: dict[str, float]
+    bounds: dict[str, float]
+    bound: float
+    passed: bool
+
+    @property
+    def largest_excess(self) -> str:
+        """The name of the step that is furthest out of its bound, or nearest to it."""
+        return max(self.differences, key=lambda name: self.differences[name] / self.bounds[name])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+class ParityError(ValueError):
+    """The model does not compute what its checkpoint does."""
+
+
+def verify_parity(model_path: str | Path, checkpoint: str | Path, *, source: str | None = None) -> Certificate:
+    """Compare a model with the checkpoint that it was made from, in float32 on the CPU.
+
+    Args:
+        model_path: Anything that `from_pretrained` opens.
+        checkpoint: `.npz`, or a fine-tuning `checkpoint_<step>`.
+        source: What the certificate calls the checkpoint; its file name by default.
+
+    Raises:
+        ValueError: if the two are not to be compared: other shapes, or positions resampled in another way.
+    """
+    model, is_head_new = _load(model_path)
+    config = model.config
+    size = config.image_size if not isinstance(config.image_size, int) else (config.image_size, config.image_size)
+    height, width = size[0], size[1]
+    pictures = fixed_pictures(height, width, config.num_channels)
+    got = record_steps(model, pictures)
+    tensors = len(model.state_dict())
+    del model  # before the oracle loads the checkpoint
+    try:
+        params = reference.read_checkpoint(checkpoint)
+        head = _choose_head(params, config, is_new=is_head_new)
+        expected = reference.forward(params, pictures, _settings(params, config))
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{checkpoint}: the oracle cannot read it: {error}") from error
+    differences, relative, bounds = _compare(expected, got, is_hybrid=config.resnet_layers is not None)
+    with Path(checkpoint).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Certificate(
+        source=source or Path(checkpoint).name,
+        sha256=digest,
+        tensors=tensors,
+        dtype="float32",
+        head=head,
+        image_size=(height, width),
+        pictures=len(pictures),
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("hf-vit", "torch", "transformers", "numpy")},
+        differences=differences,
+        relative_differences=relative,
+        bounds=bounds,
+        bound=bounds["logits" if "logits" in bounds else "features"],
+        passed=all(differences[name] <= bounds[name] for name in bounds),  # false for NaN
+    )
+
+
+def fixed_pictures(height: int, width: int, channels: int) -> np.ndarray:
+    """(2, H, W, C) float32 in -1..1: noise, and slow waves as in a photograph; the same each time."""
+    noise = np.random.default_rng(0).uniform(-1, 1, (height, width, channels))
+    y, x, c = np.ogrid[:height, :width, :channels]
+    return np.stack([noise, np.sin(y / 17 + x / 29 + 2 * c)]).astype(np.float32)
+
+
+def record_steps(model: HfViTForImageClassification, pictures: np.ndarray) -> dict[str, np.ndarray]:
+    """Run the model on (B, H, W, C) and return every step under the oracle's name for it, in its axis order."""
+    vit, steps, hooks = model.vit, {}, []
+    tokens = vit.config.num_prefix_tokens + int(np.prod(vit.config.grid_of(pictures.shape[1:3])))
+
+    def keep(name: str, module: torch.nn.Module) -> None:
+        hooks.append(module.register_forward_hook(lambda _, __, output: steps.update({name: output})))
+
+    keep("embed", vit.embeddings.patch_embeddings)
+    keep("base", vit)
+    if (stem := vit.embeddings.hybrid_model) is not None:
+        keep("root", stem.root)
+        for i, stage in enumerate(stem.body, start=1):
+            keep(f"stage_{i}", stage)
+    try:
+        with torch.no_grad():
+            outputs = model(
+                torch.from_numpy(pictures).permute(0, 3, 1, 2),
+                output_hidden_states=True,
+                output_attentions=tokens <= reference.MAX_RECORDED_TOKENS,
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    base = steps.pop("base")
+    steps = {name: value.permute(0, 2, 3, 1) for name, value in steps.items()}  # (B, h, w, C)
+    if vit.embeddings.position_embeddings is not None:
+        steps["posemb"] = vit.embeddings.position_embeddings.detach()
+    steps["tokens"], *blocks = outputs.hidden_states
+    steps |= {f"block_{i:02d}": value for i, value in enumerate(blocks)}
+    steps |= {f"attn_{i:02d}": value for i, value in enumerate(outputs.attentions or ())}
+    steps |= {"encoded": base.last_hidden_state, "features": base.pooler_output, "logits": outputs.logits}
+    return {name: value.numpy() for name, value in steps.items()}
+
+
+def bound_of(name: str, expected: np.ndarray, *, is_hybrid: bool) -> float:
+    """The largest absolute difference that a step may have."""
+    largest = float(np.abs(expected).max())
+    if name == "root" or name.startswith("stage_"):
+        return 1e-5 * largest
+    rate = BOUNDS.get(name.split("_")[0], BOUND_OF_A_STEP)
+    if is_hybrid and name in ("logits", "features"):
+        rate = HYBRID_BOUND
+    return rate * max(1.0, largest)
+
+
+def _load(model_path: str | Path) -> tuple[HfViTForImageClassification, bool]:
+    """The model, eager, and whether its head was made new on loading."""
+    model, info = HfViTForImageClassification.from_pretrained(
+        str(model_path), dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    return model.eval(), any(name.startswith("classifier.") for name in info["missing_keys"])
+
+
+def _choose_head(params: reference.Arrays, config: HfViTConfig, *, is_new: bool) -> str:
+    """Where the model's head comes from; takes the checkpoint's out of `params` unless it is to be compared."""
+    own = (config.representation_size or config.hidden_size, config.num_labels)
+    has_layer_dropped = "pre_logits/kernel" in params and config.representation_size is None
+    if "head/kernel" in params and params["head/kernel"].shape == own and not is_new and not has_layer_dropped:
+        return "checkpoint"
+    params.pop("head/kernel", None)
+    return "new" if config.num_labels else "none"
+
+
+def _settings(params: reference.Arrays, config: HfViTConfig) -> reference.Settings:
+    """What the oracle infers, but for what no file can tell: pooling, a dropped layer, a grid that is not square."""
+    overrides: dict[str, Any] = {"pooling": config.pooling}
+    if config.representation_size is None:
+        overrides["representation_size"] = None
+    table = next((name for name in params if name.endswith("pos_embedding")), None)
+    if table is not None:
+        h, w = config.grid_size
+        rows = params[table].shape[1] - reference.class_rows(table, params[table].shape[1], h * w, "cls" in params)
+        if rows == h * w:
+            overrides["grid"] = (h, w)
+        elif config.position_resampling not in ("jax", "big_vision"):
+            raise ValueError(
+                f"the positions were resampled with {config.position_resampling!r}, which the reference does not do: "
+                "verify the model at the checkpoint's own image_size"
+            )
+    return reference.infer_settings(params, **overrides)
+
+
+def _compare(
+    expected: dict[str, np.ndarray], got: dict[str, np.ndarray], *, is_hybrid: bool
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Absolute and relative differences and bounds by name, in the order of the computation."""
+    differences, relative, bounds = {}, {}, {}
+    for name, theirs in expected.items():
+        if name not in got:
+            continue  # `pooled` before the representation layer, fixed positions: seen in `features` and `tokens`
+        ours = got[name][:, -theirs.shape[1] :] if name == "posemb" else got[name]  # big_vision has no class row
+        if ours.shape != theirs.shape:
+            raise ValueError(f"{name}: the model gives {ours.shape}, the checkpoint {theirs.shape}: not one model")
+        difference = float(np.abs(ours - theirs).max())
+        largest = float(np.abs(theirs).max())
+        differences[name] = difference
+        relative[name] = difference / largest if largest else difference
+        bounds[name] = bound_of(name, theirs, is_hybrid=is_hybrid)
+    return differences, relative, bounds
+
+
+@dataclass
+class Options:
+    against: str = field(metadata={"help": "the original checkpoint: .npz or checkpoint_<step>"})
+    json: str | None = field(default=None, metadata={"help": "write the certificate there"})
+
+
+def main(arguments: list[str] | None = None) -> Certificate:
+    parser = HfArgumentParser(cast(Any, Options), description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a folder, a Hub id, or a checkpoint: whatever from_pretrained opens")
+    options = parser.parse_args(arguments)
+    certificate = verify_parity(options.model, options.against)
+    if options.json:
+        Path(options.json).write_text(certificate.to_json())
+    print(report(certificate))
+    if not certificate.passed:
+        raise ParityError(failure(certificate))
+    return certificate
+
+
+def report(certificate: Certificate) -> str:
+    """A table of the differences."""
+    lines = [f"{certificate.source} (sha256 {certificate.sha256[:16]}...), {certificate.pictures} pictures of "]
+    lines[0] += "{}x{} pixels, head: {}".format(*certificate.image_size, certificate.head)
+    lines.append(f"{'step':<10}{'difference':>12}{'relative':>12}{'bound':>12}")
+    for name, difference in certificate.differences.items():
+        if not name.startswith(("attn", "block")) or name == certificate.largest_excess:
+            relative, bound = certificate.relative_differences[name], certificate.bounds[name]
+            lines.append(f"{name:<10}{difference:>12.1e}{relative:>12.1e}{bound:>12.1e}")
+    return "\n".join(lines)
+
+
+def failure(certificate: Certificate) -> str:
+    """One line that names the worst step."""
+    name = certificate.largest_excess
+    return (
+        f"{certificate.source}: the model does not compute what the checkpoint does: {name} is "
+        f"{certificate.differences[name]:.1e} off, expected at most {certificate.bounds[name]:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (OSError, ValueError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))

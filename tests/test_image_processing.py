@@ -1,0 +1,339 @@
+"""The image processor: each protocol against what it stands for, both backends, and files from elsewhere."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_vit.image_processing_hf_vit import MAX_PIXELS, PROTOCOLS, HfViTImageProcessor, HfViTImageProcessorPil
+
+
+GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parent / "goldens"))
+BACKENDS = pytest.mark.parametrize("processor_class", [HfViTImageProcessor, HfViTImageProcessorPil])
+EACH_PROTOCOL = pytest.mark.parametrize("protocol", PROTOCOLS)
+STEP = 1 / 255
+
+
+def recorded_fields(operation):
+    """Returns the fields that describe one recorded TensorFlow operation, such as `bv_small56_central48`."""
+    name, _, size = operation.rpartition("_")
+    if name == "vit_jax_eval":
+        return {"size": int(size)}
+    if name in ("lit", "bv_resize"):
+        return {"size": int(size), "rounding": "truncate"}
+    if name == "lit_crop":
+        edge = {"shortest_edge": int(size)}
+        return {"size": edge, "do_center_crop": True, "crop_size": int(size), "rounding": "truncate"}
+    edge, size = operation.removeprefix("bv_small").split("_central")
+    return {"protocol": "big_vision", "size": {"shortest_edge": int(edge)}, "crop_size": int(size)}
+
+
+def recorded():
+    """Yields each recorded operation: its name, the picture and TensorFlow's pixels as (C, h, w)."""
+    with np.load(GOLDENS / "preproc.npz") as file:
+        for name in file.files:
+            picture, operation = name.split("/")
+            if operation != "u8":
+                yield operation, file[f"{picture}/u8"], torch.from_numpy(file[name]).permute(2, 0, 1)
+
+
+@pytest.fixture
+def photo():
+    """A picture of 250 x 188 with detail at every scale, so that filters, rounding and offsets all show."""
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize((250, 188))
+    noise = random.integers(-20, 21, (188, 250, 3))
+    return Image.fromarray((np.asarray(coarse).astype(int) + noise).clip(0, 255).astype(np.uint8))
+
+
+def pixels(processor, image, **options):
+    return torch.as_tensor(processor(image, return_tensors="pt", **options)["pixel_values"])[0]
+
+
+# --- what each protocol stands for ---
+
+
+@BACKENDS
+def test_reference_protocols_give_the_pixels_of_tensorflow(processor_class):
+    seen = set()
+    for operation, picture, expected in recorded():
+        got = pixels(processor_class(**recorded_fields(operation)), picture)
+        assert (got - expected).abs().max() <= 5e-7, operation
+        seen.add(operation.rstrip("0123456789_"))
+    assert {"vit_jax_eval", "lit", "lit_crop", "bv_resize"} < seen
+
+
+def test_an_antialiased_filter_is_not_the_reference():
+    worst = {}
+    for operation, picture, expected in recorded():
+        if operation.startswith("vit_jax"):
+            got = pixels(HfViTImageProcessor(protocol="transformers", size=expected.shape[1]), picture)
+            worst[operation] = float((got - expected).abs().max())
+    assert max(worst.values()) > 0.1
+
+
+@EACH_PROTOCOL
+def test_backends_give_equal_pixels(protocol, photo):
+    fields = {"protocol": protocol, "image_mean": 0.0, "image_std": 1.0}
+    for image in (photo, photo.transpose(Image.Transpose.ROTATE_90), photo.resize((97, 31))):
+        on_torchvision, on_pil = (pixels(c(**fields), image) for c in (HfViTImageProcessor, HfViTImageProcessorPil))
+        assert (on_torchvision - on_pil).abs().max() <= STEP + 1e-6
+
+
+def test_transformers_protocol_is_the_stock_processor(photo):
+    for ours, stock in ((HfViTImageProcessor, ViTImageProcessor), (HfViTImageProcessorPil, ViTImageProcessorPil)):
+        difference = pixels(ours(protocol="transformers"), photo) - pixels(stock(), photo)
+        assert difference.abs().max() <= 1e-6
+
+
+@BACKENDS
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_timm_protocol_is_the_transform_of_timm(processor_class, crop_mode, photo, tmp_path):
+    pretrained = {
+        "input_size": [3, 96, 96],
+        "crop_pct": 0.9,
+        "crop_mode": crop_mode,
+        "interpolation": "bicubic",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": pretrained}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=pretrained))
+    processor = processor_class.from_pretrained(tmp_path)
+    for image in (photo, photo.transpose(Image.Transpose.ROTATE_90), photo.resize((211, 120)), photo.resize((60, 90))):
+        assert (pixels(processor, image) - expected(image)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("protocol", "resized", "left", "top"), [("big_vision", (341, 256), 58, 16), ("timm", (330, 248), 53, 12)]
+)
+def test_cropping_protocols_keep_the_centre_as_documented(protocol, resized, left, top, photo):
+    image, size = photo.resize((500, 375)), {"width": resized[0], "height": resized[1]}
+    whole = pixels(HfViTImageProcessor(protocol=protocol, do_center_crop=False, size=size), image)
+    assert torch.equal(
+        pixels(HfViTImageProcessor(protocol=protocol), image), whole[:, top : top + 224, left : left + 224]
+    )
+
+
+# --- fields ---
+
+
+@BACKENDS
+@EACH_PROTOCOL
+def test_a_saved_processor_comes_back_with_every_field(processor_class, protocol, tmp_path):
+    processor = processor_class(protocol=protocol, size=48)
+    processor.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    explicit = set(PROTOCOLS["timm"]) - ({"crop_pct"} if not processor.do_center_crop else set())
+    assert explicit | {"protocol", "size", "image_mean", "image_std", "num_channels", "rescale_factor"} <= set(written)
+    assert processor_class.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+@EACH_PROTOCOL
+def test_size_is_what_the_model_sees(protocol, photo):
+    model = SimpleNamespace(image_size=(32, 48), num_channels=3)
+    assert pixels(HfViTImageProcessor.for_model(model, protocol=protocol), photo).shape == (3, 32, 48)
+    processor = HfViTImageProcessor(protocol=protocol, size=64)
+    assert pixels(processor, photo).shape == (3, 64, 64)
+    assert pixels(processor, photo, size={"height": 40, "width": 40}).shape == (3, 40, 40)
+
+
+@EACH_PROTOCOL
+def test_size_given_at_load_is_what_the_model_sees(protocol, tmp_path):
+    HfViTImageProcessor(protocol=protocol, size=64).save_pretrained(tmp_path)
+    loaded = HfViTImageProcessor.from_pretrained(tmp_path, size={"height": 96, "width": 96})
+    assert loaded.to_dict() == HfViTImageProcessor(protocol=protocol, size=96).to_dict()
+
+
+def test_transfer_ratio_of_big_vision_is_a_field():
+    processor = HfViTImageProcessor(protocol="big_vision", size=384, crop_pct=384 / 448)
+    assert (dict(processor.size), dict(processor.crop_size)) == ({"shortest_edge": 448}, {"height": 384, "width": 384})
+
+
+def test_another_protocol_replaces_what_a_saved_one_governs(tmp_path, photo):
+    HfViTImageProcessor(protocol="timm", size=64).save_pretrained(tmp_path)
+    changed = HfViTImageProcessor.from_pretrained(tmp_path, protocol="transformers")
+    assert changed.to_dict() == HfViTImageProcessor(protocol="transformers", size=64).to_dict()
+
+
+def test_wrong_fields_are_refused_by_name(photo):
+    with pytest.raises(ValueError, match="protocol is 'jax': expected one of vit_jax, big_vision"):
+        HfViTImageProcessor(protocol="jax")
+    with pytest.raises(ValueError, match="rounding is 'floor': expected one of none"):
+        HfViTImageProcessor(rounding="floor")
+    with pytest.raises(ValueError, match="build another with protocol="):
+        HfViTImageProcessor()(photo, protocol="timm")
+    with pytest.raises(ValueError, match="resample is BICUBIC with antialias=False: expected BILINEAR or BOX"):
+        HfViTImageProcessor(resample=3)(photo)
+    with pytest.raises(ValueError, match=r"size is \{'longest_edge': 9\}: expected height and width"):
+        HfViTImageProcessor(size={"longest_edge": 9})(photo)
+    with pytest.raises(ValueError, match="do_pad is set"):
+        HfViTImageProcessor()(photo, do_pad=True, pad_size=300)
+
+
+# --- files from elsewhere ---
+
+
+@pytest.mark.parametrize("kind", ["ViTImageProcessor", "ViTImageProcessorFast", "ViTFeatureExtractor", None])
+def test_a_stock_file_becomes_the_transformers_protocol(kind, tmp_path, photo):
+    stock = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.4] * 3, image_std=[0.2] * 3)
+    fields = stock.to_dict() | {"image_processor_type": kind, "size": 64}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    processor = HfViTImageProcessor.from_pretrained(tmp_path)
+    assert processor.protocol == "transformers"
+    assert (pixels(processor, photo) - pixels(stock, photo)).abs().max() <= 1e-6
+
+
+def test_deit_file_crops_after_a_bicubic_squash(tmp_path, photo):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "DeiTImageProcessor"}')
+    small = photo.resize((256, 256), Image.Resampling.BICUBIC).crop((16, 16, 240, 240))
+    expected = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 127.5 - 1
+    assert (pixels(HfViTImageProcessor.from_pretrained(tmp_path), photo) - expected).abs().max() <= 1e-6
+
+
+def test_the_file_of_another_model_is_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    with pytest.raises(ValueError, match="CLIPImageProcessor: expected HfViTImageProcessor, ViTImageProcessor"):
+        HfViTImageProcessor.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_processor_is_said_so(tmp_path):
+    with pytest.raises(OSError, match="Can't load image processor"):
+        HfViTImageProcessor.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(OSError, match="Can't load image processor"):
+        HfViTImageProcessor.from_pretrained(tmp_path)
+
+
+def test_timm_crops_that_cannot_be_kept_are_refused(tmp_path):
+    for pretrained, said in (
+        ({"crop_mode": "border"}, "crop_mode is border at 224x224"),
+        ({"input_size": [3, 96, 64]}, "crop_mode is center at 96x64"),
+        ({"interpolation": "random"}, "interpolation is random"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": pretrained}))
+        with pytest.raises(ValueError, match=said):
+            HfViTImageProcessor.from_pretrained(tmp_path)
+
+
+# --- pictures as they come ---
+
+
+@BACKENDS
+@EACH_PROTOCOL
+def test_every_way_to_pass_a_picture_gives_the_same_pixels(processor_class, protocol, photo, tmp_path):
+    processor = processor_class(protocol=protocol, size=32)
+    expected = pixels(processor, photo)
+    array = np.array(photo)
+    photo.save(tmp_path / "photo.png")
+    read_only = array.copy()
+    read_only.setflags(write=False)
+    channels_first = torch.from_numpy(array).permute(2, 0, 1)
+    for image in (
+        array,
+        read_only,
+        array[::-1][::-1],
+        channels_first,
+        tmp_path / "photo.png",
+        str(tmp_path / "photo.png"),
+    ):
+        assert torch.equal(pixels(processor, image), expected)
+    assert torch.equal(processor.to_pixels(photo), expected)
+    mixed = processor([photo, array[:50], channels_first], return_tensors="pt")["pixel_values"]
+    assert torch.equal(mixed[0], expected)
+    assert torch.equal(mixed[2], expected)
+
+
+@BACKENDS
+def test_floats_keep_their_units_and_are_never_made_whole(processor_class, photo):
+    unit = np.asarray(photo, dtype=np.float32) / 255
+    for protocol in PROTOCOLS:
+        processor = processor_class(protocol=protocol, size=32)
+        step = 0 if protocol == "vit_jax" else 1.5 * 2 * STEP  # whole numbers on the way, -1...1
+        got = pixels(processor, unit, do_rescale=False)
+        assert (got - pixels(processor, photo)).abs().max() <= step + 1e-5
+        assert torch.allclose(got, pixels(processor, unit * 255), atol=1e-5)
+
+
+def test_pictures_deeper_than_8_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    processor = HfViTImageProcessor(size=16, do_normalize=False, do_rescale=False)
+    expected = torch.from_numpy((ramp / 257).round().astype(np.float32)).expand(3, 16, 16)
+    for image in (Image.fromarray(ramp), ramp[None], torch.from_numpy(ramp)[None], ramp.astype(">u2")[..., None]):
+        assert torch.equal(pixels(processor, image).float(), expected)
+    assert torch.equal(pixels(processor, Image.fromarray(ramp.astype(np.float32))).float(), expected)
+    assert torch.equal(pixels(processor, Image.fromarray(ramp.astype(np.float32) / 65535)).float(), expected)
+
+
+def test_pixels_out_of_range_are_refused(photo):
+    processor = HfViTImageProcessor()
+    with pytest.raises(ValueError, match=r"pixels 0\.\.\.300 of torch.int64: expected 0\.\.\.255"):
+        processor(np.arange(301)[None, :, None])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        processor(np.full((3, 8, 8), np.nan, dtype=np.float32))
+    with pytest.raises(ValueError, match="mode F has pixels"):
+        processor(Image.fromarray(np.full((8, 8), -1, dtype=np.float32)))
+    with pytest.raises(ValueError, match="expected 1, 3 or 4 channels"):
+        processor(np.zeros((8, 8, 5), dtype=np.uint8))
+
+
+def test_a_huge_picture_is_refused_undecoded():
+    image = Image.new("1", (1, 1))
+    image._size = (MAX_PIXELS, 2)
+    with pytest.raises(ValueError, match="expected at most 89,478,485 pixels"):
+        HfViTImageProcessor()(image)
+
+
+@BACKENDS
+def test_transparency_shows_white_and_gray_spreads(processor_class):
+    processor = processor_class(size=4, do_normalize=False, do_rescale=False)
+    clear = np.zeros((6, 5, 4), dtype=np.uint8)
+    clear[..., 3] = 51  # a fifth
+    for image in (clear, Image.fromarray(clear), Image.fromarray(clear[..., 2:]), clear.astype(np.float32)):
+        assert (pixels(processor, image).float() == 204).all()
+    gray = np.full((6, 5), 77, dtype=np.uint8)
+    for image in (gray[None], gray[..., None], Image.fromarray(gray)):
+        assert torch.equal(pixels(processor, image).float(), torch.full((3, 4, 4), 77.0))
+
+
+@BACKENDS
+def test_one_channel_models_get_gray(processor_class, photo, tmp_path):
+    processor = processor_class.for_model(SimpleNamespace(image_size=28, num_channels=1))
+    from_color, from_array = pixels(processor, photo), pixels(processor, np.array(photo))
+    expected = pixels(processor, photo.convert("L"))
+    assert from_color.shape == (1, 28, 28)
+    assert torch.equal(from_color, expected)
+    assert (from_array - expected).abs().max() <= 2 * STEP + 1e-6
+    processor.save_pretrained(tmp_path)
+    assert processor_class.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+@BACKENDS
+def test_channels_stay_as_they_are_without_conversion(processor_class):
+    four = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    for protocol in PROTOCOLS:
+        processor = processor_class(protocol=protocol, size=16, num_channels=4)
+        assert pixels(processor, four).shape == (4, 16, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_comes_upright(orientation, photo, tmp_path):
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's number for the opposite turn
+    stored = photo.transpose(Image.Transpose(back[orientation])) if orientation > 1 else photo
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    processor = HfViTImageProcessor(size=(24, 32))
+    expected = pixels(processor, photo)
+    assert torch.equal(pixels(processor, tmp_path / "turned.png"), expected)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert torch.equal(pixels(processor, image), expected)

@@ -1,0 +1,226 @@
+"""Reading pictures: 31 odd files made here, each read right or refused by name."""
+
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_vit.image_processing_hf_vit import PROTOCOLS, HfViTImageProcessor
+from hf_vit.images import ImageError, read_image, read_pixels
+
+
+HEIGHT, WIDTH = 24, 40
+RAMP = np.linspace(0, 255, HEIGHT * WIDTH).round().astype(np.uint8).reshape(HEIGHT, WIDTH)
+SCENE = np.stack((RAMP, RAMP[::-1], np.broadcast_to(np.linspace(0, 255, WIDTH).astype(np.uint8), RAMP.shape)), axis=-1)
+GRAY = np.repeat(RAMP[..., None], 3, axis=-1)
+LEFT_HALF = np.arange(WIDTH) < WIDTH // 2
+JPEG_LOSS = 12  # of 255, at quality 95 on smooth ramps
+
+
+def saved(image, path, **options):
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def on_white(colors, alpha):
+    return (colors * (alpha / 255) + 255 * (1 - alpha / 255)).round().astype(np.uint8)
+
+
+def half_clear(bands):
+    alpha = np.where(LEFT_HALF, 0, 255)[None, :, None] * np.ones((HEIGHT, 1, 1))
+    return np.concatenate((bands, alpha.astype(np.uint8)), axis=-1), alpha
+
+
+def save_palette(path, **options):
+    Image.fromarray(GRAY).quantize(256, kmeans=3).save(path, **options)
+
+
+def save_animation(path):
+    frames = [Image.fromarray(GRAY).quantize(256, kmeans=3), Image.new("P", (WIDTH, HEIGHT), 3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def read_right():
+    """Returns {file name: (writer, expected RGB, tolerance)} for the odd files that are pictures."""
+    rgba, alpha = half_clear(SCENE)
+    la, _ = half_clear(RAMP[..., None])
+    unit = (RAMP / 255).astype(np.float32)
+    flipped = {
+        "upside_down.jpg": (SCENE[::-1, ::-1], 3),
+        "on_its_side.png": (np.rot90(SCENE, 1), 6),
+        "on_its_side.tif": (np.rot90(SCENE, 3), 8),
+        "mirrored.webp": (SCENE[:, ::-1], 2),
+    }
+    files = {
+        "color.jpg": (lambda p: saved(SCENE, p, quality=95), SCENE, JPEG_LOSS),
+        "progressive.jpg": (lambda p: saved(SCENE, p, quality=95, progressive=True), SCENE, JPEG_LOSS),
+        "gray.jpg": (lambda p: saved(RAMP, p, quality=95), GRAY, JPEG_LOSS),
+        "cmyk.jpg": (lambda p: saved(Image.fromarray(SCENE).convert("CMYK"), p, quality=95), SCENE, 2 * JPEG_LOSS),
+        "gray.png": (lambda p: saved(RAMP, p), GRAY, 0),
+        "palette.png": (save_palette, GRAY, 1),
+        "palette_with_clear_color.png": (lambda p: save_palette(p, transparency=bytes([255] * 256)), GRAY, 1),
+        "color_with_alpha.png": (lambda p: saved(rgba, p), on_white(SCENE, alpha), 0),
+        "gray_with_alpha.png": (lambda p: saved(la, p), on_white(GRAY, alpha), 0),
+        "one_bit.png": (lambda p: saved(RAMP > 127, p), np.where(GRAY > 127, 255, 0), 0),
+        "deep.png": (lambda p: saved(RAMP.astype(np.uint16) * 257, p), GRAY, 0),
+        "deep.pgm": (lambda p: p.write_bytes(b"P5 40 24 65535\n" + (RAMP.astype(">u2") * 257).tobytes()), GRAY, 0),
+        "float.tif": (lambda p: saved(unit, p), GRAY, 0),
+        "float_of_bytes.tif": (lambda p: saved(RAMP.astype(np.float32), p), GRAY, 0),
+        "animation.gif": (save_animation, GRAY, 1),
+        "bitmap.bmp": (lambda p: saved(SCENE, p), SCENE, 0),
+        "png_named.jpg": (lambda p: saved(SCENE, p, format="PNG"), SCENE, 0),
+        "one_pixel.png": (lambda p: saved(SCENE[:1, :1], p), SCENE[:1, :1], 0),
+    }
+    for name, (stored, orientation) in flipped.items():
+        options = {"lossless": True} if name.endswith("webp") else {"quality": 95} if name.endswith("jpg") else {}
+        exif = turned(orientation)
+        image = Image.fromarray(np.ascontiguousarray(stored))
+        writer = lambda p, image=image, exif=exif, options=options: image.save(p, exif=exif, **options)  # noqa: E731
+        files[name] = (writer, SCENE, JPEG_LOSS if name.endswith("jpg") else 0)
+    return files
+
+
+def png(width, height, rows):
+    """Returns a one-bit PNG whose header says what it is told to."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
+    whole = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
+def truncate(path, share, **options):
+    saved(SCENE, path, **options)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def save_zip(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("picture.txt", "no picture")
+
+
+REFUSED = {
+    "truncated.jpg": (lambda p: truncate(p, 0.6), "truncated|not processed|incomplete"),
+    "truncated.png": (lambda p: truncate(p, 0.6), "truncated|not processed"),
+    "cut_header.gif": (lambda p: truncate(p, 0.01), "expected one whole picture|expected a picture"),
+    "empty.jpg": (lambda p: p.write_bytes(b""), "got an empty file"),
+    "text.jpg": (lambda p: p.write_text("this is not a picture"), "begins with b'this is not a pi'; convert it"),
+    "drawing.eps": (lambda p: saved(SCENE, p), "expected a picture"),
+    "archive.png": (save_zip, "begins with b'PK"),
+    "bomb.png": (lambda p: p.write_bytes(png(12000, 12000, bytes(1501) * 12000)), "89,?478,?485"),
+    "not_a_number.tif": (lambda p: saved(np.full((4, 4), np.nan, dtype=np.float32), p), "mode F has pixels nan"),
+}
+READ_RIGHT = read_right()
+
+
+def test_there_are_thirty_one_odd_files():
+    assert len(READ_RIGHT) + len(REFUSED) == 31
+
+
+@pytest.mark.parametrize("name", READ_RIGHT)
+def test_an_odd_picture_is_read_right(name, tmp_path):
+    write, expected, tolerance = READ_RIGHT[name]
+    write(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image).astype(int) - expected).max() <= tolerance
+    assert torch.equal(read_pixels(tmp_path / name).permute(1, 2, 0), torch.from_numpy(np.array(image)))
+
+
+@pytest.mark.parametrize("name", READ_RIGHT)
+def test_the_processor_reads_odd_files_alike(name, tmp_path):
+    READ_RIGHT[name][0](tmp_path / name)
+    processor = HfViTImageProcessor(size=16)
+    from_path = processor(tmp_path / name, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(from_path, processor.to_pixels(read_image(tmp_path / name)))
+
+
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
+@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_whole_picture_is_refused_by_name(name, read, tmp_path):
+    write, said = REFUSED[name]
+    write(tmp_path / name)
+    with pytest.raises(ImageError, match=said) as refusal:
+        read(tmp_path / name)
+    assert str(refusal.value).startswith(str(tmp_path / name) + ": ")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
+    def load(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    for read in (read_image, read_pixels):
+        with pytest.raises(ImageError, match="picture is 9000x9000: expected at most 1,000,000 pixels"):
+            read(png(9000, 9000, b""), max_pixels=10**6)
+
+
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+def test_the_processor_refuses_a_bomb_by_its_path(monkeypatch, tmp_path):
+    def load(self):
+        raise AssertionError("decoded")
+
+    (tmp_path / "bomb.png").write_bytes(png(12000, 12000, b""))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match="picture is 12000x12000: expected at most 89,478,485 pixels"):
+        HfViTImageProcessor()(tmp_path / "bomb.png")
+
+
+def test_a_turned_file_of_two_pictures_comes_upright(tmp_path):
+    path = tmp_path / "phone.jpg"
+    stored = [Image.fromarray(np.ascontiguousarray(SCENE[::-1, ::-1])), Image.new("RGB", (WIDTH, HEIGHT))]
+    stored[0].save(path, format="MPO", save_all=True, append_images=stored[1:], exif=turned(3), quality=95)
+    for got in (np.asarray(read_image(path)), read_pixels(path).permute(1, 2, 0).numpy()):
+        assert np.abs(got.astype(int) - SCENE).max() <= JPEG_LOSS
+
+
+def test_every_kind_of_source_is_read_and_named(tmp_path):
+    path = tmp_path / "scene.png"
+    saved(SCENE, path)
+    with path.open("rb") as file:
+        for source in (path, str(path), path.read_bytes(), file, Image.fromarray(SCENE)):
+            assert np.array_equal(np.asarray(read_image(source)), SCENE)
+        assert not file.closed
+    with pytest.raises(ImageError, match=r"missing\.png: .*No such file"):
+        read_image(tmp_path / "missing.png")
+    with pytest.raises(ImageError, match="picture of 5 bytes: expected a picture"):
+        read_image(b"hello")
+
+
+def test_without_torchvisions_decoder_pillow_reads_the_same(monkeypatch, tmp_path):
+    path = tmp_path / "color.jpg"
+    READ_RIGHT["color.jpg"][0](path)
+    quick = read_pixels(path)
+    monkeypatch.setattr("hf_vit.images._jpeg_decoder", lambda: None)
+    assert torch.equal(read_pixels(path), quick)
+
+
+def test_torchvisions_decoder_is_used_for_plain_jpegs(monkeypatch, tmp_path):
+    path = tmp_path / "color.jpg"
+    READ_RIGHT["color.jpg"][0](path)
+    marked = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    monkeypatch.setattr("hf_vit.images._jpeg_decoder", lambda: lambda data, mode: marked)
+    assert read_pixels(path) is marked
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_quick_way_gives_the_protocols_pixels(protocol, tmp_path):
+    path = tmp_path / "color.jpg"
+    READ_RIGHT["color.jpg"][0](path)
+    processor = HfViTImageProcessor(protocol=protocol, size=16)
+    with Image.open(path) as image:
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(processor.to_pixels(read_pixels(path)), expected)

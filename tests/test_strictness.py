@@ -1,0 +1,265 @@
+"""Nothing is left at random and nothing is guessed: defective weights and impossible configurations are refused."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTModel
+from hf_vit.checkpoints import write_jax_checkpoint
+from hf_vit.containers import CheckpointError
+
+
+TINY = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+}
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(params=["own", "transformers", "shards"])
+def folder(request, tmp_path):
+    """A sound folder of our own layout, of transformers', and of ours in shards."""
+    if request.param == "transformers":
+        model = ViTForImageClassification(ViTConfig(**TINY))
+    else:
+        model = HfViTForImageClassification(HfViTConfig(**TINY))
+    randomised(model).save_pretrained(tmp_path, max_shard_size="9KB" if request.param == "shards" else "1GB")
+    HfViTForImageClassification.from_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_weights(folder, change):
+    """Let `change` edit the tensors of the file that holds the first block's first norm."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        name = next((name for name in tensors if "layer.0" in name and "norm" in name and "weight" in name), None)
+        if name is not None:
+            change(tensors, name)
+            save_file(tensors, path, metadata={"format": "pt"})
+            return
+    raise AssertionError("no such tensor")
+
+
+def assign(value):
+    def change(tensors, name):
+        tensors[name] = value(tensors[name])
+
+    return change
+
+
+def prefix_all(tensors, name):
+    for old in list(tensors):
+        tensors["backbone." + old] = tensors.pop(old)
+
+
+def with_one(tensor, value):
+    tensor = tensor.clone()
+    tensor[3] = value
+    return tensor
+
+
+DEFECTS = {
+    "missing": (lambda tensors, name: tensors.pop(name), "missing: -"),
+    "extra": (lambda tensors, name: tensors.update({"vit.encoder.extra": torch.zeros(2)}), "left over: .*extra"),
+    "prefixed": (prefix_all, r"missing: -|no layout that is known"),
+    "misshapen": (assign(lambda value: torch.zeros(25)), r"mis-shaped|has shape \(25,\)"),
+    "nan": (assign(lambda value: with_one(value, float("nan"))), "NaN or Inf"),
+    "inf": (assign(lambda value: with_one(value, float("inf"))), "NaN or Inf"),
+    "int8": (assign(lambda value: value.to(torch.int8)), "dtype I8; expected floating point"),
+    "int64": (assign(lambda value: value.to(torch.int64)), "dtype I64; expected floating point"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defective_weights_raise(folder, defect):
+    change, words = DEFECTS[defect]
+    change_weights(folder, change)
+    with pytest.raises(CheckpointError, match=words) as error:
+        HfViTForImageClassification.from_pretrained(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_missing_and_left_over_tensors_are_listed_together(folder):
+    def rename(tensors, name):
+        tensors["vit.renamed"] = tensors.pop(name)
+
+    change_weights(folder, rename)
+    with pytest.raises(CheckpointError, match=r"missing: -.*left over: \+.*renamed"):
+        HfViTForImageClassification.from_pretrained(folder)
+
+
+def test_a_head_of_another_width_is_made_new_only_when_asked_for(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(i): str(i) for i in range(4)}
+    config["label2id"] = {str(i): i for i in range(4)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"classifier"):
+        HfViTForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 8, b"\xff" * 64, struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]"],
+)
+def test_a_file_that_is_no_safetensors_raises_the_one_error(folder, content):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+        HfViTForImageClassification.from_pretrained(folder)
+
+
+def test_a_truncated_file_raises_the_one_error(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+        HfViTForImageClassification.from_pretrained(folder)
+
+
+# -- shards
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..", "sub/x", "", 7, None])
+@pytest.mark.parametrize("kind", ["own", "transformers"])
+def test_a_shard_outside_the_folder_is_refused_before_it_is_read(tmp_path, kind, name):
+    folder = tmp_path / "model"
+    if kind == "own":
+        randomised(HfViTForImageClassification(HfViTConfig(**TINY))).save_pretrained(folder)
+    else:
+        randomised(ViTForImageClassification(ViTConfig(**TINY))).save_pretrained(folder)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")  # sound, but not in the folder
+    tensors = load_file(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="expected files beside the index"):
+        HfViTForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": {}}}', "[" * 100_000])
+def test_an_index_that_is_none_raises_the_one_error(tmp_path, text):
+    HfViTConfig(**TINY).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is no index of shards"):
+        HfViTModel.from_pretrained(tmp_path)
+
+
+# -- configurations
+
+
+HOSTILE = [
+    {"num_hidden_layers": 1_000_000},
+    {"num_hidden_layers": -1},
+    {"num_hidden_layers": 10**30},
+    {"num_hidden_layers": "12"},
+    {"num_hidden_layers": None},
+    {"layer_norm_eps": -1.0},
+    {"layer_norm_eps": float("nan")},
+    {"num_attention_heads": 5},
+    {"num_attention_heads": 0},
+    {"patch_size": 0},
+    {"patch_size": [8, 8, 8]},
+    {"patch_size": {}},
+    {"image_size": [0, 32]},
+    {"image_size": 10**9},
+    {"hidden_size": 10**9},
+    {"hidden_size": 24.0},
+    {"hidden_size": [24]},
+    {"intermediate_size": 10**12},
+    {"hidden_act": "no such function"},
+    {"hidden_act": ["gelu"]},
+    {"hidden_dropout_prob": 2.0},
+    {"num_channels": -3},
+    {"qkv_bias": "yes"},
+    {"id2label": 5},
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE, ids=str)
+@pytest.mark.parametrize("kind", ["own", "transformers"])
+def test_a_configuration_that_no_model_has_is_refused_with_the_name_of_the_file(tmp_path, kind, fields):
+    if kind == "own":
+        randomised(HfViTForImageClassification(HfViTConfig(**TINY))).save_pretrained(tmp_path)
+    else:
+        randomised(ViTForImageClassification(ViTConfig(**TINY))).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **fields}))
+    with pytest.raises(CheckpointError) as error:
+        HfViTForImageClassification.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"hidden_size": 16_384, "num_hidden_layers": 20, "intermediate_size": 65_536}, {"image_size": 8_000}]
+)
+def test_a_large_configuration_over_small_weights_is_refused_before_a_model_is_built(tmp_path, monkeypatch, fields):
+    randomised(HfViTForImageClassification(HfViTConfig(**TINY))).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **fields}))
+    monkeypatch.setattr(torch.nn.Linear, "__init__", None)  # any layer at all would raise TypeError
+    with pytest.raises(CheckpointError, match="mis-shaped"):
+        HfViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_heads_that_the_original_checkpoint_did_not_have_are_refused(tmp_path):
+    model = randomised(HfViTForImageClassification(HfViTConfig(**TINY)))
+    write_jax_checkpoint(model.state_dict(), model.config, tmp_path / "m.npz")
+    HfViTForImageClassification.from_pretrained(tmp_path / "m.npz").save_pretrained(tmp_path / "ours")
+    HfViTForImageClassification.from_pretrained(tmp_path / "ours")
+    stored = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**stored, "num_attention_heads": 4}))
+    with pytest.raises(CheckpointError, match="has 4 heads; the weights were read from a checkpoint with 2"):
+        HfViTForImageClassification.from_pretrained(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000])
+def test_a_config_that_is_no_object_is_an_error_of_the_file(tmp_path, text):
+    randomised(HfViTModel(HfViTConfig(**TINY))).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises((CheckpointError, OSError), match=r"config\.json"):
+        HfViTModel.from_pretrained(tmp_path)
+
+
+def test_a_field_of_the_caller_that_no_model_has_is_a_value_error(tmp_path):
+    randomised(HfViTModel(HfViTConfig(**TINY))).save_pretrained(tmp_path)
+    for fields in ({"layer_norm_eps": -1.0}, {"pooling": "mean"}, {"hidden_dropout_prob": "much"}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            HfViTModel.from_pretrained(tmp_path, **fields)
+
+
+# -- pickles
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.bin", "pytorch_model.bin"])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, name):
+    torch.save({"cls_token": Evil()}, tmp_path / name)
+    ViTConfig(**TINY).save_pretrained(tmp_path)
+    source = tmp_path if name == "pytorch_model.bin" else tmp_path / name
+    with pytest.raises(CheckpointError, match="is no state dict that loads with weights_only=True"):
+        HfViTModel.from_pretrained(source, **({} if source == tmp_path else {"num_attention_heads": 2}))
+
+
+@pytest.mark.parametrize("state", [{}, [1], {"a": 1}, {1: torch.zeros(2)}, torch.zeros(3)])
+def test_a_pickle_without_named_tensors_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="expected tensors by name"):
+        HfViTModel.from_pretrained(tmp_path / "model.pth", num_attention_heads=2)
