@@ -190,12 +190,13 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
 def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persistent, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1000, **(WORKERS | {"dataloader_persistent_workers": persistent}))
 
-    def kill_a_worker() -> None:
+    def kill_the_workers() -> None:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        workers = [pid for pid in children if "multiprocessing" in _command(pid) or _command(pid) == _command("self")]
-        os.kill(int(workers[0]), signal.SIGKILL)
+        for pid in children:
+            if _command(pid) == _command("self"):  # forked, and not one of multiprocessing's own helpers
+                os.kill(int(pid), signal.SIGKILL)
 
-    at_step(trainer, 4, kill_a_worker)
+    at_step(trainer, 4, kill_the_workers)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* what was trained is saved in .*checkpoint-\d+"):
         trainer.train()
     newest_complete_checkpoint(tmp_path)
@@ -222,7 +223,7 @@ def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(tmp
     trainer = make_trainer(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
     processor = HfViTImageProcessor.for_model(trainer.model.config)
     trainer.train_dataset = stalls_at(3)(pictures(), processor)
-    with pytest.raises(RuntimeError, match=r"timed out after 2 seconds.*saved in"):
+    with pytest.raises(RuntimeError, match=r"timed out after 2.* seconds.*saved in"):
         trainer.train()
     newest_complete_checkpoint(tmp_path)
 
