@@ -7,6 +7,7 @@ python examples/export.py --model_name_or_path M --output FOLDER --format timm
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser
 
@@ -36,8 +37,8 @@ class ExportArguments:
 
 
 def main(argv: list[str]) -> int:
-    parser = HfArgumentParser([ExportArguments], description=(__doc__ or "").splitlines()[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    parser: Any = HfArgumentParser(ExportArguments, description=(__doc__ or "").splitlines()[0])  # ty: ignore
+    args: ExportArguments = parser.parse_args_into_dataclasses(argv)[0]
     kind = args.format or SUFFIXES.get(Path(args.output).suffix)
     if kind not in FORMATS:
         parser.error(f"--format is {args.format}: expected one of {', '.join(FORMATS)}, or --output FILE.onnx or .pt2")
