@@ -415,8 +415,7 @@ def compare_on_two_ranks(rank, folder, port):
     torch.distributed.init_process_group("gloo")
     for source in (folder / "stock", folder / "timm"):
         expected = HfViTForImageClassification.from_pretrained(source)
-        for sizes in ({"tp_size": 2}, {"fsdp_size": 2}):
-            parts = DistributedConfig(**sizes)
+        for parts in (DistributedConfig(tp_size=2), DistributedConfig(fsdp_size=2)):
             model = HfViTForImageClassification.from_pretrained(source, distributed_config=parts)
             weight: Any = model.vit.encoder.layer[0].attn.query.weight
             assert weight.to_local().shape != weight.shape
