@@ -8,7 +8,7 @@ The folder appears whole or not at all; where the proof fails, nothing is writte
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import verify_parity
 from accelerate.utils import convert_file_size_to_int
@@ -38,7 +38,7 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = HfArgumentParser([Options], description=(__doc__ or "").splitlines()[0])
+    parser = HfArgumentParser(cast(Any, Options), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", help="a checkpoint file: .npz or checkpoint_<step>")
     parser.add_argument("out_dir", type=Path, help="the folder to write; replaced whole if it exists")
     options = parser.parse_args(arguments)

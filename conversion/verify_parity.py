@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import reference_numpy as reference
@@ -236,7 +236,7 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> Certificate:
-    parser = HfArgumentParser([Options], description=(__doc__ or "").splitlines()[0])
+    parser = HfArgumentParser(cast(Any, Options), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a folder, a Hub id, or a checkpoint: whatever from_pretrained opens")
     options = parser.parse_args(arguments)
     certificate = verify_parity(options.model, options.against)

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import torch
@@ -41,7 +41,7 @@ class DemoArguments:
 
 
 def main(argv: list[str]) -> int:
-    parser = HfArgumentParser(DemoArguments, description=(__doc__ or "").splitlines()[0])
+    parser = HfArgumentParser(cast(Any, DemoArguments), description=(__doc__ or "").splitlines()[0])
     args: Any = parser.parse_args_into_dataclasses(argv)[0]
     out = Path(args.output_dir)
     print("1. Convert the checkpoint of the JAX code to safetensors")

@@ -21,7 +21,8 @@ from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification
 from hf_vit.atomic import atomic_file
-from hf_vit.training.augmentation import AugmentedImages, collate_images, find_processor
+from hf_vit.processors import processor_of
+from hf_vit.training.augmentation import AugmentedImages, collate_images
 from hf_vit.training.datasets import default_num_workers, load_splits
 from hf_vit.training.metrics import (
     compute_metrics,
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     names = part.features["label"].names
     fields = {} if args.image_size is None else {"image_size": args.image_size}
     model = HfViTForImageClassification.from_pretrained(args.model_name_or_path, **fields)
-    pictures = AugmentedImages(part, find_processor(args.model_name_or_path, model.config))
+    pictures = AugmentedImages(part, processor_of(args.model_name_or_path, model.config))
     columns = class_columns(model.config, names)
     started = time.perf_counter()
     predictions = predict(model, pictures, columns, accelerator=accelerator, args=args)

@@ -7,12 +7,13 @@ python examples/export.py --model_name_or_path M --output FOLDER --format timm
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 
-from hf_vit import HfViTForImageClassification, HfViTImageProcessor, HfViTModel
+from hf_vit import HfViTForImageClassification, HfViTModel
 from hf_vit.export import export_onnx, export_program, export_timm, export_transformers
+from hf_vit.processors import processor_of
 
 
 FORMATS = ("onnx", "transformers", "timm", "torch_export")
@@ -37,8 +38,8 @@ class ExportArguments:
 
 
 def main(argv: list[str]) -> int:
-    parser: Any = HfArgumentParser(ExportArguments, description=(__doc__ or "").splitlines()[0])  # ty: ignore
-    args: ExportArguments = parser.parse_args_into_dataclasses(argv)[0]
+    parser = HfArgumentParser(cast(Any, ExportArguments), description=(__doc__ or "").splitlines()[0])
+    args: Any = parser.parse_args_into_dataclasses(argv)[0]
     kind = args.format or SUFFIXES.get(Path(args.output).suffix)
     if kind not in FORMATS:
         parser.error(f"--format is {args.format}: expected one of {', '.join(FORMATS)}, or --output FILE.onnx or .pt2")
@@ -51,19 +52,9 @@ def main(argv: list[str]) -> int:
         export_program(model, args.output)
     else:
         write = export_timm if kind == "timm" else export_transformers
-        write(model, args.output, processor=find_processor(args.model_name_or_path))
+        write(model, args.output, processor=processor_of(args.model_name_or_path, model.config))
     print(f"{kind}: {args.output}")
     return 0
-
-
-def find_processor(source: str) -> HfViTImageProcessor | None:
-    """The image processor beside the model; None for a checkpoint file, which has none."""
-    if Path(source).is_file():
-        return None
-    try:
-        return HfViTImageProcessor.from_pretrained(source)
-    except OSError:
-        return None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from hf_vit.probing import (
     predict_linear,
     predict_nearest,
 )
-from hf_vit.training.augmentation import AugmentedImages, collate_images, find_processor
+from hf_vit.processors import processor_of
+from hf_vit.training.augmentation import AugmentedImages, collate_images
 from hf_vit.training.datasets import default_num_workers, load_splits
 
 
@@ -93,7 +94,7 @@ def read_features(args: FewShotArguments) -> Features:
     fields = {} if args.image_size is None else {"image_size": args.image_size}
     model = HfViTModel.from_pretrained(args.model_name_or_path, **fields)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = find_processor(args.model_name_or_path, model.config)
+    processor = processor_of(args.model_name_or_path, model.config)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
 
     def batches(part: str) -> Iterator[dict[str, torch.Tensor]]:

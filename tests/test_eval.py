@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.training.augmentation import AugmentedImages, find_processor
+from hf_vit.processors import processor_of
+from hf_vit.training.augmentation import AugmentedImages
 from hf_vit.training.datasets import load_splits
 
 
@@ -159,7 +160,7 @@ def test_few_shots_tell_colours_apart_and_all_figures_are_written(model, picture
 def test_the_processor_is_the_checkpoints_own_at_the_models_size(tmp_path):
     fields = {"protocol": "timm", "image_mean": [0.1, 0.2, 0.3], "crop_pct": 0.8, "size": 16}
     HfViTImageProcessor(**fields).save_pretrained(tmp_path)
-    small, large = (find_processor(tmp_path, HfViTConfig(image_size=size, patch_size=8)) for size in (16, 32))
+    small, large = (processor_of(tmp_path, HfViTConfig(image_size=size, patch_size=8)) for size in (16, 32))
     assert small.to_dict() == HfViTImageProcessor.from_pretrained(tmp_path).to_dict()
     assert large.to_dict()["crop_size"] == {"height": 32, "width": 32}
     assert large.to_dict()["size"] == {"shortest_edge": 40}
@@ -171,15 +172,15 @@ def test_a_checkpoint_without_preprocessing_gets_the_references(tmp_path, caplog
     config = HfViTConfig(image_size=16, patch_size=8)
     (tmp_path / "a.npz").write_bytes(b"")
     expected = HfViTImageProcessor.for_model(config).to_dict()
-    assert find_processor(tmp_path / "a.npz", config).to_dict() == expected
-    assert find_processor("ViT-B_16", config).to_dict() == expected
+    assert processor_of(tmp_path / "a.npz", config).to_dict() == expected
+    assert processor_of("ViT-B_16", config).to_dict() == expected
     assert not caplog.records
-    assert find_processor(tmp_path, config).to_dict() == expected
-    assert "no preprocessing found" in caplog.text
+    assert processor_of(tmp_path, config).to_dict() == expected
+    assert "has no image processor, taking the reference's" in caplog.text
 
 
 def test_evaluation_pictures_pass_through_the_checkpoints_processor(model, pictures):
     part = load_splits(str(pictures))["test"]
-    processor = find_processor(model, HfViTConfig.from_pretrained(model))
+    processor = processor_of(model, HfViTConfig.from_pretrained(model))
     expected = processor(part[0]["image"], return_tensors="pt")["pixel_values"][0]
     assert torch.equal(AugmentedImages(part, processor)[0]["pixel_values"], expected)

@@ -17,7 +17,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,7 @@ class ArrayFile:
         self.dtypes = {name: array.dtype for name, array in stored.items()}
         self._stored = stored
         self._checked: set[str] = set()
+        self._unpacked: tuple[str, torch.Tensor] = ("", torch.empty(0))  # the last array whose parts were asked for
         self._data: mmap.mmap | None = data
 
     def __enter__(self) -> "ArrayFile":
@@ -111,6 +112,36 @@ class ArrayFile:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
         self._checked.add(name)
         return tensor
+
+    def copy(self, name: str, part: tuple[int, int] = (0, 1)) -> torch.Tensor:
+        """Return an array, or part `index` of `count` equal ones along its first axis, flat, in memory of its own.
+
+        The file takes up no memory beside it: its pages are given back as they are read, and with them whatever was
+        written to a tensor of `read`.
+
+        Raises:
+            KeyError, CheckpointError: as `read`.
+        """
+        index, count = part
+        array = self._stored[name]
+        is_swapped = array.fortran_order or array.big_endian != (sys.byteorder == "big")
+        if self._data is None or is_swapped or array.deflated or len(array.pieces) != 1:
+            if self._unpacked[0] != name:
+                self._unpacked = (name, self.read(name))
+            return self._unpacked[1].reshape(count, -1)[index].clone()
+        begin, size = array.pieces[0][0] + array.header, array.nbytes // count
+        if array.crc is not None and name not in self._checked:
+            checksum = 0
+            for chunk in _chunks(self._data, begin - array.header, array.header + array.nbytes):
+                checksum = zlib.crc32(chunk, checksum)
+            if checksum != array.crc:
+                raise CheckpointError(f"{self.path}: {name}: {_wrong_checksum(array.crc, checksum)}")
+            self._checked.add(name)
+        value, filled = torch.empty(size, dtype=torch.uint8), 0
+        for chunk in _chunks(self._data, begin + index * size, size):
+            value.numpy()[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+        return value.view(array.dtype)
 
 
 def open_arrays(path: str | Path, *, max_bytes: int | None = None) -> ArrayFile:
@@ -407,9 +438,7 @@ def _read_tensor(data: mmap.mmap, array: _Stored, *, verify: bool) -> torch.Tens
         start = offset - array.header
         with memoryview(buffer) as whole, whole[start : offset + array.nbytes] as member:
             if zlib.crc32(member) != array.crc:
-                raise ValueError(
-                    f"expected data with checksum {array.crc:08x}, got {zlib.crc32(member):08x}; {_AGAIN}"
-                )
+                raise ValueError(_wrong_checksum(array.crc, zlib.crc32(member)))
     if not array.nbytes:
         return torch.empty(array.shape, dtype=array.dtype)
     raw = torch.frombuffer(buffer, dtype=torch.uint8, offset=offset, count=array.nbytes)
@@ -421,6 +450,22 @@ def _read_tensor(data: mmap.mmap, array: _Stored, *, verify: bool) -> torch.Tens
     if array.fortran_order:
         return values.view(array.shape[::-1]).permute(*reversed(range(len(array.shape)))).contiguous()
     return values.view(array.shape)
+
+
+def _wrong_checksum(expected: int, got: int) -> str:
+    return f"expected data with checksum {expected:08x}, got {got:08x}; {_AGAIN}"
+
+
+def _chunks(data: mmap.mmap, start: int, size: int) -> Iterator[memoryview]:
+    """Yield the bytes as views of a mebibyte; the pages of each are given back when the next is asked for."""
+    with memoryview(data) as whole:
+        for position in range(start, start + size, 1 << 20):
+            stop = min(position + (1 << 20), start + size)
+            with whole[position:stop] as chunk:
+                yield chunk
+            if hasattr(mmap, "MADV_DONTNEED"):
+                page = position // mmap.PAGESIZE * mmap.PAGESIZE
+                data.madvise(mmap.MADV_DONTNEED, page, stop - page)
 
 
 def _inflate(data: mmap.mmap, array: _Stored) -> bytearray:

@@ -21,6 +21,8 @@ from .layouts import JaxLayout, Rule
 # What a configuration raises that describes no model, whatever is in it.
 UNFIT = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
+_LARGE = 8 << 20  # elements of a matrix that is transposed block by block
+
 
 class NamedArrays(Protocol):
     """Arrays of a file or several: what their headers tell, and data on request."""
@@ -29,8 +31,8 @@ class NamedArrays(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one array."""
+    def copy(self, name: str, part: tuple[int, int] = (0, 1)) -> torch.Tensor:
+        """Return an array, or part `index` of `count` equal ones along its first axis, flat, in memory of its own."""
         ...
 
 
@@ -60,17 +62,27 @@ class Checkpoint:
         Raises:
             CheckpointError: if it is not made of finite floating-point numbers.
         """
-        raw = self.arrays.read(rule.theirs)
-        value = rule.to_ours(raw)
-        if value.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr():
-            value = value.clone()  # our own memory: the file may go
-        if not value.is_floating_point():
-            raise CheckpointError(
-                f"{self.arrays.path}: {rule.theirs} has dtype {value.dtype}; expected floating point"
-            )
+        dtype = self.arrays.dtypes[rule.theirs]
+        if not dtype.is_floating_point:
+            raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has dtype {dtype}; expected floating point")
+        value = self._read(rule)
         if not is_finite(value):
             raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has NaN or Inf; expected finite numbers")
         return value
+
+    def _read(self, rule: Rule) -> torch.Tensor:
+        index, count = rule.part or (0, 1)
+        if rule.axes == "transposed" and math.prod(rule.ours_shape) > _LARGE:  # in blocks: no second one beside it
+            blocks = math.gcd(rule.ours_shape[1], 16)
+            value = torch.empty(rule.ours_shape, dtype=self.arrays.dtypes[rule.theirs])
+            for i, columns in enumerate(value.chunk(blocks, dim=1)):
+                rows = self.arrays.copy(rule.theirs, (index * blocks + i, count * blocks))
+                columns.copy_(rows.reshape(-1, rule.ours_shape[0]).T)
+            return value
+        value = self.arrays.copy(rule.theirs, (index, count))
+        if rule.part is None:
+            value = value.reshape(rule.theirs_shape)
+        return dataclasses.replace(rule, part=None).to_ours(value)
 
 
 def updated(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:

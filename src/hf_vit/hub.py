@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from .atomic import atomic_file
 from .configuration_hf_vit import HfViTConfig
-from .image_processing_hf_vit import HfViTImageProcessor
+from .processors import processor_of
 
 
 logger = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ def push(
                 raise FileExistsError(f"{folder} is not empty: the dry run writes the model there; move it away")
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
-            processor = processor or _processor_of(model)
+            processor = processor or processor_of(model.name_or_path or "", model.config)
         _complete(folder, repo_id, processor=processor, include_code=include_code, tags=tags)
         if dry_run:
             return folder
@@ -318,35 +318,6 @@ def _token(token: str | bool | None) -> str:
     if not known:
         raise LocalTokenNotFoundError(f"no token for the Hub: {_HOW_TO_LOG_IN}")
     return known
-
-
-def _processor_of(model: PreTrainedModel) -> Any:
-    """Return the image processor of the checkpoint that `model` came from, or of that checkpoint's code base."""
-    layout = model.config.checkpoint_layout or {}
-    protocol = "big_vision" if layout.get("dialect") == "big_vision" else "vit_jax"
-    origin = model.name_or_path  # a folder, a Hub id, a checkpoint file, or nothing
-    try:
-        found = None if not origin or Path(origin).is_file() else HfViTImageProcessor.from_pretrained(origin)
-    except (OSError, ValueError):
-        found = None
-    if found is None:
-        logger.warning("found no image processor: writing protocol %s; pass processor= for another", protocol)
-        return HfViTImageProcessor.for_model(model.config, protocol=protocol)
-    return _at_size(found, model.config.image_size)
-
-
-def _at_size(processor: HfViTImageProcessor, image_size: int | Sequence[int]) -> HfViTImageProcessor:
-    """Return the same processor for a model that sees `image_size` pixels: all its sizes scaled alike."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    fields = processor.to_dict()
-    seen = dict(fields["crop_size"] if fields.get("do_center_crop") else fields["size"])
-    if "height" not in seen or (seen["height"], seen["width"]) == (height, width):
-        return processor
-    down, across = height / seen["height"], width / seen["width"]
-    factors = {"height": down, "width": across, "shortest_edge": max(down, across)}
-    sizes = {name: fields[name] for name in ("size", "crop_size") if fields.get(name)}
-    scaled = {name: {side: round(factors[side] * n) for side, n in dict(size).items()} for name, size in sizes.items()}
-    return HfViTImageProcessor.from_dict(fields | scaled)
 
 
 def _complete(folder: Path, repo_id: str, *, processor: Any, include_code: bool, tags: Sequence[str]) -> None:

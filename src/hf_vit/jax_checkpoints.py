@@ -7,7 +7,7 @@ tell is decided here, once, and written in the configuration.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .foreign import (
     check_names,
     find_name,
     image_size_of,
+    is_finite,
     listing,
     numbered,
     patches_of,
@@ -107,7 +108,7 @@ def write_jax_checkpoint(
         The layout written.
 
     Raises:
-        ValueError: if the dialect has no place for the model, or `state` is not a whole model.
+        ValueError: if the dialect has no place for the model, or `state` is not a whole and finite model.
     """
     names = {name.removeprefix("vit."): name for name in state}
     layout = _layout_to_write(config, dialect)
@@ -122,13 +123,27 @@ def write_jax_checkpoint(
         folded = fold_class_row({name: state[names[name]] for name in pair})
     groups = group_by_theirs(rules)
 
-    def assemble(group: list[Rule]) -> torch.Tensor:
-        parts = [rule.to_theirs(folded.get(rule.ours, state[names[rule.ours]])) for rule in group]
-        whole = parts[0] if group[0].part is None else torch.cat(parts).reshape(group[0].theirs_shape)
-        return _narrowed(whole, layout.dtype)
+    def read(rule: Rule) -> torch.Tensor:
+        value = folded[rule.ours] if rule.ours in folded else state[names[rule.ours]]
+        if tuple(value.shape) != rule.ours_shape or not is_finite(value):
+            got = "NaN or Inf" if tuple(value.shape) == rule.ours_shape else f"shape {tuple(value.shape)}"
+            raise CheckpointError(f"{names[rule.ours]} has {got}; expected finite numbers of shape {rule.ours_shape}")
+        return value
 
-    write_npz(path, ((name, assemble(groups[name])) for name in sorted(groups)))
+    write_npz(path, ((name, _assemble(groups[name], read, layout.dtype)) for name in sorted(groups)))
     return layout
+
+
+def _assemble(group: list[Rule], read: Callable[[Rule], torch.Tensor], dtype: str) -> torch.Tensor:
+    """Their tensor, of which each rule of `group` gives a part."""
+    whole = group[0].to_theirs(read(group[0]))
+    if group[0].part is not None:
+        stack = whole.new_empty(len(group), whole.numel())
+        stack[0] = whole
+        for row, rule in zip(stack[1:], group[1:], strict=True):
+            row.copy_(rule.to_theirs(read(rule)))
+        whole = stack.reshape(group[0].theirs_shape)
+    return _narrowed(whole, dtype)
 
 
 def _layout_to_write(config: HfViTConfig, dialect: str | None) -> JaxLayout:
@@ -144,6 +159,8 @@ def _layout_to_write(config: HfViTConfig, dialect: str | None) -> JaxLayout:
 def _narrowed(value: torch.Tensor, dtype: str) -> torch.Tensor:
     """`value` in the dtype that its file had, if that loses nothing (a fine-tuned model stays float32)."""
     narrow = value.to(_DTYPES[dtype])
+    if narrow is value:
+        return value
     return narrow if torch.equal(narrow.to(value.dtype), value) else value
 
 

@@ -6,7 +6,8 @@ header (name -> dtype, shape, offsets), the data. Source: the format's descripti
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,10 +76,21 @@ def _write_file(path: Path, entries: list[PlannedTensor], progress: tqdm) -> Non
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            value = entry.read()
+        for entry, value in zip(entries, _read_ahead(entries), strict=True):
             if tuple(value.shape) != entry.shape or value.dtype != entry.dtype:
                 got = f"{tuple(value.shape)} of {value.dtype}"
                 raise ValueError(f"{entry.name}: expected {entry.shape} of {entry.dtype}, got {got}")
             file.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
             progress.update(entry.nbytes)
+
+
+def _read_ahead(entries: Iterable[PlannedTensor]) -> Iterator[torch.Tensor]:
+    """Yield the tensors, each while the next is being read."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming: Future[torch.Tensor] | None = None
+        for entry in entries:
+            current, upcoming = upcoming, reader.submit(entry.read)
+            if current is not None:
+                yield current.result()
+        if upcoming is not None:
+            yield upcoming.result()

@@ -53,6 +53,11 @@ class TensorFiles:
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
 
+    def copy(self, name: str, part: tuple[int, int] = (0, 1)) -> torch.Tensor:
+        """Return a tensor, or part `index` of `count` equal ones along its first axis, flat, in memory of its own."""
+        index, count = part
+        return self.read(name).reshape(count, -1)[index].clone()
+
     def add(self, name: str, source: Any, shape: Sequence[int], dtype: torch.dtype | None, kind: str) -> None:
         """Take in a tensor of a file.
 

@@ -5,8 +5,8 @@ For any picture, size and aspect, and any model of transformers that returns att
 
 from .attentions import TokenGrid, class_logits, pooling_weights, visit_attention_gradients, visit_attentions
 from .maps import attention_distance, attention_rollout, rank_correlation, roll_out, token_colors
-from .occlusion import occlusion_sensitivity
-from .picture import ClassMap, Explanation, class_relevance, explain
+from .occlusion import log_probabilities, occlusion_sensitivity
+from .picture import ClassMap, Explanation, class_relevance, explain, label_of
 from .weights import patch_filters, position_similarity
 
 
@@ -19,6 +19,8 @@ __all__ = [
     "class_logits",
     "class_relevance",
     "explain",
+    "label_of",
+    "log_probabilities",
     "occlusion_sensitivity",
     "patch_filters",
     "pooling_weights",

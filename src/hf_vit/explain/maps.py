@@ -6,6 +6,7 @@ Shapes: B pictures, K heads, N tokens (prefix tokens, then h*w patches row by ro
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 
 from .attentions import TokenGrid
 
@@ -96,6 +97,28 @@ def stretch(values: torch.Tensor, *, dim: int | tuple[int, ...] | None = None) -
     low, high = values.amin(dim=over, keepdim=True), values.amax(dim=over, keepdim=True)
     span = high - low
     return torch.where(span > 0, (values - low) / span.clamp(min=torch.finfo(values.dtype).tiny), 0.0)
+
+
+def join_patches(attention: torch.Tensor, tokens: TokenGrid, join: int) -> tuple[torch.Tensor, TokenGrid]:
+    """Return the attention (K, M, M) among squares of `join` x `join` patches, and their grid; prefix tokens stay.
+
+    What a square looks at is the mean over its patches, what it is given is their sum: rows still sum to one. Squares
+    at the right and at the bottom may hold fewer patches.
+    """
+    rows, columns = (-(-side // join) for side in tokens.size)
+    joined = TokenGrid((rows, columns), (tokens.patch[0] * join, tokens.patch[1] * join), tokens.num_prefix_tokens)
+    if join == 1:
+        return attention, joined
+    members = joining_matrix(tokens, join).to(attention)  # (N, M)
+    return (members / members.sum(dim=0)).T @ attention @ members, joined
+
+
+def joining_matrix(tokens: TokenGrid, join: int) -> torch.Tensor:
+    """Return (N, M), 1 where a token belongs to a square of `join_patches`."""
+    rows, columns = torch.arange(tokens.size[0]) // join, torch.arange(tokens.size[1]) // join
+    squares = rows[:, None] * -(-tokens.size[1] // join) + columns + tokens.num_prefix_tokens
+    places = torch.cat([torch.arange(tokens.num_prefix_tokens), squares.flatten()])
+    return F.one_hot(places).float()
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:

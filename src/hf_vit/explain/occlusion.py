@@ -12,8 +12,8 @@ from transformers.modeling_utils import PreTrainedModel
 from .attentions import class_logits
 
 
-def class_log_scores(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the logarithm of each class's probability (B, classes), by sigmoid for multi-label heads, else softmax."""
+def log_probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return the logarithm of each class's probability (B, classes), sigmoid for multi-label heads, else softmax."""
     if getattr(config, "problem_type", None) == "multi_label_classification":
         return F.logsigmoid(logits.float())
     return logits.float().log_softmax(dim=-1)
@@ -53,14 +53,14 @@ def occlusion_sensitivity(
     tops, lefts = _starts(height, window[0], stride[0]), _starts(width, window[1], stride[1])
     places = [(top, left) for top in tops for left in lefts]
     color = pixel_values[0].flatten(1).median(dim=1).values if fill is None else pixel_values.new_tensor([fill])
-    whole = class_log_scores(class_logits(model, pixel_values), model.config)[0, class_index]
+    whole = log_probabilities(class_logits(model, pixel_values), model.config)[0, class_index]
     drops = []
     for start in range(0, len(places), batch_size):
         batch = places[start : start + batch_size]
         hidden = pixel_values.repeat(len(batch), 1, 1, 1)
         for picture, (top, left) in zip(hidden, batch, strict=True):
             picture[:, top : top + window[0], left : left + window[1]] = color[:, None, None]
-        drops.append(whole - class_log_scores(class_logits(model, hidden), model.config)[:, class_index])
+        drops.append(whole - log_probabilities(class_logits(model, hidden), model.config)[:, class_index])
     return torch.cat(drops).reshape(len(tops), len(lefts)).cpu()
 
 

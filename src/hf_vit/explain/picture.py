@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attentions import TokenGrid, logits_of, pooling_weights, visit_attention_gradients, visit_attentions
 from .maps import attention_distance, rank_correlation, roll_out, token_colors
-from .occlusion import class_log_scores, occlusion_sensitivity
+from .occlusion import log_probabilities, occlusion_sensitivity
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def explain(
     finally:
         hook.remove()
     assert rollout is not None  # a model without blocks says so
-    logits, classes = None, []
+    logits, classes = None, list[ClassMap]()
     if isinstance(getattr(model, "classifier", None), nn.Linear):
         logits = logits_of(output)[0].cpu()
         classes = _class_maps(model, pixel_values, tokens, logits, num_classes, occlusion_steps)
@@ -127,9 +127,7 @@ def explain(
         pooled_attention=torch.stack(pooled),
         distances=torch.stack(distances),
         colors=token_colors(last[0][0], tokens),
-        classes=[]
-        if logits is None
-        else _class_maps(model, pixel_values, tokens, logits, num_classes, occlusion_steps),
+        classes=classes,
     )
 
 
@@ -166,7 +164,7 @@ def _class_maps(
     num_classes: int,
     occlusion_steps: int,
 ) -> list[ClassMap]:
-    log_scores = class_log_scores(logits[None], model.config)[0]
+    log_scores = log_probabilities(logits[None], model.config)[0]
     maps = []
     for index in log_scores.topk(min(num_classes, len(log_scores))).indices.tolist():
         occlusion = None

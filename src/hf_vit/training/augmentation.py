@@ -8,7 +8,6 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,8 +16,6 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
-
-from hf_vit import HfViTImageProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -184,26 +181,6 @@ class MixingCollator:
             else:
                 batch["labels"] = torch.nn.functional.one_hot(batch["labels"], self.num_classes).float()
         return batch
-
-
-def find_processor(source: str | Path, config: Any) -> HfViTImageProcessor:
-    """The preprocessing saved with a checkpoint, at the size and channels of `config`.
-
-    Files of the JAX code say nothing of it, and neither does the catalogue: they get the reference's own. So does,
-    with a warning, a folder or Hub repository that has none.
-    """
-    source = Path(source)
-    if source.is_file() or (not source.exists() and len(source.parts) == 1):
-        return HfViTImageProcessor.for_model(config)
-    try:
-        processor = HfViTImageProcessor.from_pretrained(str(source))
-    except OSError as error:
-        logger.warning("%s: no preprocessing found, taking the reference's (%s)", source, str(error).splitlines()[0])
-        return HfViTImageProcessor.for_model(config)
-    of_size = ("size", "crop_size", "num_channels", "image_processor_type")
-    fields = {name: value for name, value in processor.to_dict().items() if name not in of_size}
-    resized = HfViTImageProcessor.for_model(config, **fields)
-    return processor if _output_size(processor) == _output_size(resized) else resized
 
 
 class _Preparation:

@@ -1,6 +1,6 @@
 """A moving average of a model's weights, kept beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -39,7 +39,7 @@ class ExponentialMovingAverage:
             average.copy_(kept)
 
     @contextmanager
-    def in_model(self) -> Iterator[None]:
+    def in_model(self) -> Generator[None]:
         """Evaluates with the averages: they are the model's weights inside, and leave it after."""
         self.exchange()
         try:

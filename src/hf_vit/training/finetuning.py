@@ -16,9 +16,10 @@ from transformers import HfArgumentParser
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.atomic import atomic_folder
 from hf_vit.hub import write_model_card
+from hf_vit.processors import processor_of
 from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults
 from hf_vit.training.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
-from hf_vit.training.datasets import load_splits
+from hf_vit.training.datasets import default_num_workers, load_splits
 from hf_vit.training.recipes import find_recipe
 
 
@@ -100,7 +101,8 @@ def parse_arguments(
         save_total_limit=2,
         logging_steps=10,
         report_to="none",
-        dataloader_num_workers=0,
+        dataloader_num_workers=default_num_workers(),
+        dataloader_persistent_workers=True,
     )
     parsed: Any = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     return parsed
@@ -119,7 +121,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTra
     features: Any = splits["train"].features
     names = features["label"].names
     model = load_model(model_args, names)
-    processor = load_processor(model_args.model_name_or_path, model.config)
+    processor = processor_of(model_args.model_name_or_path, model.config)
     augment = Augment(
         crop_area=(args.crop_scale, 1.0) if args.crop_scale < 1 else None,
         flip=0.5 if args.horizontal_flip else 0.0,
@@ -160,20 +162,6 @@ def load_model(args: ModelArguments, class_names: Sequence[str]) -> HfViTForImag
         nn.init.zeros_(model.classifier.weight)
         nn.init.zeros_(model.classifier.bias)
     return model
-
-
-def load_processor(source: str, config: Any) -> HfViTImageProcessor:
-    """Returns the checkpoint's own preprocessing at the model's size; the reference's where it has none."""
-    has_none = Path(source).is_file() or (
-        Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file()
-    )
-    if has_none:
-        return HfViTImageProcessor.for_model(config)
-    try:
-        processor = HfViTImageProcessor.from_pretrained(source)
-    except OSError:
-        return HfViTImageProcessor.for_model(config)
-    return HfViTImageProcessor.for_model(config, protocol=processor.protocol)
 
 
 def export(

@@ -7,7 +7,7 @@ step; one output folder serves one training.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class HfViTTrainer(Trainer):
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # ty: ignore[invalid-method-override]
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # ty: ignore[incompatible-method-override]
         """Trains, from a checkpoint if one is given; the model then has the averaged weights, if there are any.
 
         Args:
@@ -268,7 +268,7 @@ class HfViTTrainer(Trainer):
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
 
     @contextlib.contextmanager
-    def _checkpoint_being_written(self, folder: Path) -> Iterator[Path]:
+    def _checkpoint_being_written(self, folder: Path) -> Generator[Path]:
         """Yield a hidden folder, the same on all processes, that becomes `folder` when all have written to it."""
         with contextlib.ExitStack() as stack:
             staging = [str(stack.enter_context(atomic_folder(folder)))] if self.args.should_save else [None]
