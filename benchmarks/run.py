@@ -76,7 +76,7 @@ def build(preset: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
             intermediate_size=config.intermediate_size,
             hidden_act=config.hidden_act,
             layer_norm_eps=config.layer_norm_eps,
-            num_labels=1000,
+            id2label={i: str(i) for i in range(1000)},
         )
     ).eval()
     other = timm.create_model(TIMM_NAMES[preset], act_layer="gelu_tanh").eval()
