@@ -14,7 +14,9 @@ import verify_parity
 from accelerate.utils import convert_file_size_to_int
 from transformers import HfArgumentParser
 
+from hf_vit.catalogue import find, is_published
 from hf_vit.checkpoints import convert_jax_checkpoint
+from hf_vit.hub import push, write_model_card
 
 
 @dataclass
@@ -35,27 +37,54 @@ class Options:
     )
     verify: bool = field(default=True, metadata={"help": "prove that the model computes what the checkpoint does"})
     max_shard_size: str | None = field(default=None, metadata={"help": "split the weights: 2GB, 500MB"})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "then push the folder to this repository, with the code that opens it"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "with --push_to_hub: complete the folder as it would be pushed, send nothing"}
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(cast(Any, Options), description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", help="a checkpoint file: .npz or checkpoint_<step>")
+    parser.add_argument("source", help="a checkpoint file, its address (https://, gs://) or a name such as ViT-B_16")
     parser.add_argument("out_dir", type=Path, help="the folder to write; replaced whole if it exists")
     options = parser.parse_args(arguments)
+    if options.dry_run and not options.push_to_hub:
+        parser.error("--dry_run needs --push_to_hub REPO")
     overrides: dict[str, Any] = {} if options.pooling is None else {"pooling": options.pooling}
+
+    def finish(folder: Path, checkpoint: Path) -> None:
+        source = name_of(options.source, checkpoint)
+        if options.verify:
+            prove(folder, checkpoint, source)
+        if options.push_to_hub:
+            push(folder, options.push_to_hub, dry_run=True)  # adds the code
+        write_model_card(folder, repo_id=options.push_to_hub or options.out_dir.resolve().name, source=source)
+
     config = convert_jax_checkpoint(
         options.source,
         options.out_dir,
         image_size=read_size(options.image_size),
         num_labels=options.num_labels,
         max_shard_bytes=None if options.max_shard_size is None else convert_file_size_to_int(options.max_shard_size),
-        finish=prove if options.verify else None,
+        finish=finish,
         **overrides,
     )
     print(
         f"{options.out_dir}: {config.num_hidden_layers} blocks of width {config.hidden_size}, "
         f"image_size {config.image_size}, {config.num_labels} classes"
     )
+    if options.push_to_hub and not options.dry_run:
+        push(options.out_dir, options.push_to_hub)
+        print(f"pushed to {options.push_to_hub}")
+
+
+def name_of(source: str, checkpoint: Path) -> str:
+    """What the certificate and the card call the checkpoint: its address where it was fetched, else its file name."""
+    if Path(source).is_file():
+        return checkpoint.name
+    return find(source).url if is_published(source) else source
 
 
 def read_size(numbers: list[int] | None) -> int | tuple[int, int] | None:
@@ -67,13 +96,13 @@ def read_size(numbers: list[int] | None) -> int | tuple[int, int] | None:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def prove(folder: Path, checkpoint: Path) -> None:
+def prove(folder: Path, checkpoint: Path, source: str) -> None:
     """Write the certificate `parity.json` into the folder, before it is moved into place.
 
     Raises:
         ParityError: if a step is out of bounds; nothing is written then.
     """
-    certificate = verify_parity.verify_parity(folder, checkpoint)
+    certificate = verify_parity.verify_parity(folder, checkpoint, source=source)
     print(verify_parity.report(certificate))
     if not certificate.passed:
         raise verify_parity.ParityError(verify_parity.failure(certificate))

@@ -25,8 +25,9 @@ from .atomic import atomic_folder
 from .configuration_hf_vit import HfViTConfig
 from .containers import CheckpointError
 from .foreign import UNFIT, Checkpoint, is_finite, listing, two_lists, updated
-from .image_processing_hf_vit import HfViTImageProcessor
+from .hub_cache import verify_download
 from .jax_checkpoints import open_jax_checkpoint, write_jax_checkpoint
+from .labels import head_kind, id2label, problem_type
 from .layouts import own_shapes
 from .modeling_hf_vit import (
     HfViTBackbone,
@@ -36,6 +37,7 @@ from .modeling_hf_vit import (
     HfViTPreTrainedModel,
 )
 from .position_embeddings import resample_position_embeddings
+from .processors import processor_of
 from .safetensors_stream import PlannedTensor, write_safetensors
 from .torch_checkpoints import open_torch_checkpoint
 from .torch_files import SUFFIXES, find_weights, open_tensors
@@ -129,6 +131,7 @@ def convert_jax_checkpoint(
         raise CheckpointError(f"{source}: expected a checkpoint file of the JAX code, got a folder or nothing")
     with open_jax_checkpoint(path, **updated(overrides, image_size=image_size)) as checkpoint:
         config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
+        _describe_head(config, plan, checkpoint)
         if config.num_labels and plan[-1].name != "classifier.bias":
             plan += _zero_head(config)
         is_base = config.num_labels == 0
@@ -138,10 +141,29 @@ def convert_jax_checkpoint(
         with atomic_folder(folder) as temporary:
             write_safetensors(temporary, entries, max_shard_bytes=max_shard_bytes)
             config.save_pretrained(temporary)
-            HfViTImageProcessor.for_model(config).save_pretrained(temporary)
+            processor_of(path, config).save_pretrained(temporary)
             if finish is not None:
                 finish(temporary, path)
     return config
+
+
+def _describe_head(config: HfViTConfig, plan: list[PlannedTensor], checkpoint: Checkpoint) -> None:
+    """Name the classes of an ImageNet head and tell how its scores are to be read; a head of zeros is said aloud."""
+    head = {entry.name: entry.read for entry in plan if entry.name.startswith("classifier.")}
+    if checkpoint.layout is None or not head:
+        return
+    names = id2label(config.num_labels or 0)
+    if names is not None and config.id2label == {i: f"LABEL_{i}" for i in names}:
+        config.id2label, config.label2id = names, {name: i for i, name in names.items()}
+    bias = head["classifier.bias"]()
+    kind = head_kind(bias if bias.any() else head["classifier.weight"](), bias)
+    if kind == "zeros":
+        logger.warning(
+            f"{checkpoint.arrays.path}: every weight of the head is zero, so all classes score alike; such files were "
+            "published for fine-tuning: pass num_labels= for a head of your own"
+        )
+    if config.problem_type is None:
+        config.problem_type = problem_type(kind)
 
 
 def _zero_head(config: HfViTConfig) -> list[PlannedTensor]:
@@ -164,10 +186,10 @@ def _foreign(cls: type[HfViTPreTrainedModel], source: str | Path, kwargs: dict[s
     path, preset = Path(source), kwargs.pop("preset", None)
     if path.is_file() and path.suffix in SUFFIXES:
         return functools.partial(_open_torch, cls, [path], None, preset=preset)
-    jax = _local_checkpoint(source)
+    hub = _hub_arguments(kwargs)
+    jax = _local_checkpoint(source, hub)
     if jax is not None:
         return functools.partial(open_jax_checkpoint, jax)
-    hub = _hub_arguments(kwargs)
     stored = _stored_config(source, hub)
     if stored is None:
         weights = find_weights(source, hub) if path.is_dir() else []
@@ -198,12 +220,19 @@ def _open_torch(
     return open_torch_checkpoint(paths, stored, **overrides)
 
 
-def _local_checkpoint(source: str | Path) -> Path | None:
+def _local_checkpoint(source: str | Path, hub: dict[str, Any] | None = None) -> Path | None:
     """The file of the JAX code that `source` names, fetched where it has to be; None for a folder or a Hub id."""
-    path = Path(source)
+    path, hub = Path(source), hub or {}
     if path.is_file():
         return path
-    if not path.is_dir() and (path.suffix == ".npz" or re.fullmatch(r"checkpoint_\d+", path.name)):
+    if path.is_dir():
+        return None
+    from .catalogue import is_published  # the network's modules are for those who fetch
+    from .download import fetch
+
+    if re.match(r"(gs|https?)://", str(source)) or is_published(str(source)):
+        return fetch(str(source), cache_dir=hub.get("cache_dir"), offline=hub.get("local_files_only") or None)
+    if path.suffix == ".npz" or re.fullmatch(r"checkpoint_\d+", path.name):
         raise FileNotFoundError(f"no file {path}: expected an original checkpoint")
     return None
 
@@ -242,6 +271,8 @@ def _load_foreign(cls: type[HfViTPreTrainedModel], opener: Opener, label: str, *
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
     with opener(**updated(fields, image_size=image_size)) as checkpoint:
         config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
+        if issubclass(cls, HfViTForImageClassification):
+            _describe_head(config, plan, checkpoint)
         for name in ("id2label", "label2id"):
             if labels.get(name):
                 setattr(config, name, labels[name])
@@ -268,6 +299,8 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: 
     asked = asked or kwargs.pop("ignore_mismatched_sizes", False)
     stored = _stored_config(source, hub)
     if stored is not None:
+        if asked and config is None and _has_other_classes(stored, kwargs):
+            kwargs.setdefault("problem_type", None)  # it was said of the head that goes
         own = _checked_config(
             source, stored, config, {name: kwargs[name] for name in kwargs if name in _CONFIG_FIELDS - {*_LABELS}}
         )
@@ -276,9 +309,16 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: 
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
     result = _load_strictly(cls, source, str(source), *model_args, allow_new_head=asked, **kwargs)
+    if not Path(source).is_dir():
+        verify_download(source, **{name: hub[name] for name in ("cache_dir", "revision", "subfolder") if name in hub})
     if wanted is not None:
         (result[0] if isinstance(result, tuple) else result).resize_position_embeddings(wanted)
     return result
+
+
+def _has_other_classes(stored: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    count = len(stored.get("id2label") or ()) or stored.get("num_labels")
+    return kwargs.get("num_labels", len(kwargs.get("id2label") or ())) not in (0, count)
 
 
 def _checked_config(

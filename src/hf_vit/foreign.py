@@ -60,11 +60,8 @@ class Checkpoint:
         """Return one of our parameters, in the dtype of the file.
 
         Raises:
-            CheckpointError: if it is not made of finite floating-point numbers.
+            CheckpointError: if it is not made of finite numbers.
         """
-        dtype = self.arrays.dtypes[rule.theirs]
-        if not dtype.is_floating_point:
-            raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has dtype {dtype}; expected floating point")
         value = self._read(rule)
         if not is_finite(value):
             raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has NaN or Inf; expected finite numbers")
@@ -141,7 +138,7 @@ def shape_of(names: dict[str, tuple[int, ...]], name: str, dimensions: int) -> t
 
 
 def check_names(arrays: NamedArrays, rules: list[Rule], names: set[str]) -> None:
-    """Every tensor is used, and has the shape that the configuration asks for."""
+    """Every tensor is used, of floating point, and has the shape that the configuration asks for."""
     expected = {rule.theirs: rule.theirs_shape for rule in rules}
     missing, extra = [name for name in expected if name not in names], sorted(names - set(expected))
     if missing or extra:
@@ -149,6 +146,8 @@ def check_names(arrays: NamedArrays, rules: list[Rule], names: set[str]) -> None
     for name, shape in expected.items():
         if arrays.shapes[name] != shape:
             raise CheckpointError(f"{arrays.path}: {name} has shape {arrays.shapes[name]}; expected {shape}")
+        if not arrays.dtypes[name].is_floating_point:
+            raise CheckpointError(f"{arrays.path}: {name} has dtype {arrays.dtypes[name]}; expected floating point")
 
 
 def is_finite(value: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .configuration_hf_vit import HfViTConfig
 from .containers import ArrayFile, CheckpointError, open_arrays, write_npz
@@ -37,6 +38,8 @@ from .layouts import (
     group_by_theirs,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # Where the parameters of a Vision Transformer may lie in a file, and what may lie beside them there.
 _COMPANIONS = {
@@ -249,6 +252,10 @@ def _infer_layout(
     dialect = "linen" if is_vit_jax else "big_vision"
     if any("/MlpBlock_3/" in name for name in names):
         dialect = "prelinen"
+    if position not in names:
+        if dialect == "prelinen" or "conv_root/kernel" in names:
+            raise CheckpointError(f"has no table of positions; expected {VIT_JAX_POSITIONS}")
+        logger.warning("no table of positions in the file: taking big_vision's fixed sine-cosine ones")
     dtype = next((name for name, kind in _DTYPES.items() if dtypes == {kind}), "float32")
     return JaxLayout(
         dialect=dialect,

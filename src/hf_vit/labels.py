@@ -15,9 +15,10 @@ import torch
 
 
 Head = Literal["softmax", "sigmoid", "zeros"]
+ProblemType = Literal["single_label_classification", "multi_label_classification"]
 
 _FILES = {1000: "imagenet1k_classes.txt", 21843: "imagenet21k_classes.txt"}
-_PROBLEM_TYPES: dict[Head | None, str] = {
+_PROBLEM_TYPES: dict[Head | None, ProblemType] = {
     "softmax": "single_label_classification",
     "sigmoid": "multi_label_classification",
 }
@@ -69,7 +70,7 @@ def head_kind(kernel: torch.Tensor, bias: torch.Tensor, *, trained_with: Head | 
     return "sigmoid" if bias.numel() == 21843 else None
 
 
-def problem_type(head: Head | None) -> str | None:
+def problem_type(head: Head | None) -> ProblemType | None:
     """The value of `config.problem_type` under which `pipeline` scores this head as it was trained.
 
     transformers' image-classification pipeline reads it: sigmoid for "multi_label_classification", softmax for
