@@ -24,12 +24,14 @@ from transformers import HfArgumentParser
 from hf_vit import HfViTConfig, HfViTForImageClassification
 
 
-# What float32 leaves undecided, as a share of a step's largest value (of 1 where that is smaller): the reference run
-# operation by operation differs from itself by 1.3e-5 at a block's output, 5e-6 at the logits of a tiny model and up
-# to 5e-5 at those of the largest. A wrong epsilon or GELU is 10 to 1,000 times above.
-BOUNDS = {"logits": 1e-5, "features": 1e-5, "posemb": 1e-6, "attn": 1e-5}
-BOUND_OF_A_STEP = 5e-5  # tokens, blocks, encoded
-HYBRID_BOUND = 2e-5  # logits and features behind a stem
+# How far two float32 computations of one step may lie apart, as a share of its largest value (of 1 where that is
+# smaller). Plain models of full size reach 1.3e-6; a wrong GELU or epsilon is at 1e-4 and more.
+RATE = 1e-5
+RATE_OF_POSITIONS = 1e-6
+RATE_BEHIND_A_STEM = 2e-5  # logits and features
+# Deep stems magnify rounding: a random R50+L/32 in float32 is 2e-4 from itself in float64 after its last stage. Where
+# a step is out of bounds, that distance is measured, and so many times of it are allowed.
+NOISE_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Certificate:
         differences: The largest absolute difference of each step.
         relative_differences: The same, divided by the largest value of the step in the reference.
         bounds: What each absolute difference may be; `bound` is that of the last step.
+        float32_noise: The distance of the model in float32 from itself in float64, where that widened a bound.
         passed: Whether each is within its bound.
     """
 
@@ -59,12 +62,8 @@ class Certificate:
     relative_differences: dict[str, float]
     bounds: dict[str, float]
     bound: float
+    float32_noise: dict[str, float]
     passed: bool
-
-    @property
-    def excesses(self) -> list[str]:
-        """The steps out of bounds, in the order of the computation: what is wrong lies before the first."""
-        return [name for name, bound in self.bounds.items() if not self.differences[name] <= bound]  # also for NaN
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -86,20 +85,21 @@ def verify_parity(model_path: str | Path, checkpoint: str | Path, *, source: str
         ValueError: if the two are not to be compared: other shapes, or positions resampled in another way.
     """
     model, is_head_new = _load(model_path)
-    config = model.config
-    size = config.image_size if not isinstance(config.image_size, int) else (config.image_size, config.image_size)
-    height, width = size[0], size[1]
+    config, tensors = model.config, len(model.state_dict())
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     pictures = fixed_pictures(height, width, config.num_channels)
-    got = record_steps(model, pictures)
-    tensors = len(model.state_dict())
+    ours = record_steps(model, pictures)
     del model  # before the oracle loads the checkpoint
-    try:
-        params = reference.read_checkpoint(checkpoint)
-        head = _choose_head(params, config, is_new=is_head_new)
-        expected = reference.forward(params, pictures, _settings(params, config))
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{checkpoint}: the oracle cannot read it: {error}") from error
-    differences, relative, bounds = _compare(expected, got, is_hybrid=config.resnet_layers is not None)
+    theirs, head = _run_oracle(checkpoint, config, pictures, is_head_new=is_head_new)
+    differences = _distances(theirs, ours)
+    bounds = {name: bound_of(name, theirs[name], is_hybrid=config.resnet_layers is not None) for name in differences}
+    noise = {}
+    if excesses(differences, bounds):
+        exact = record_steps(_load(model_path)[0].double(), pictures.astype(np.float64))
+        noise = {
+            name: gap for name, gap in _distances(ours, exact).items() if NOISE_FACTOR * gap > bounds.get(name, np.inf)
+        }
+        bounds |= {name: NOISE_FACTOR * gap for name, gap in noise.items()}
     with Path(checkpoint).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Certificate(
@@ -113,11 +113,17 @@ def verify_parity(model_path: str | Path, checkpoint: str | Path, *, source: str
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("hf-vit", "torch", "transformers", "numpy")},
         differences=differences,
-        relative_differences=relative,
+        relative_differences={name: gap / (_largest(theirs[name]) or 1.0) for name, gap in differences.items()},
         bounds=bounds,
         bound=bounds["logits" if "logits" in bounds else "features"],
-        passed=all(differences[name] <= bounds[name] for name in bounds),
+        float32_noise=noise,
+        passed=not excesses(differences, bounds),
     )
+
+
+def excesses(differences: dict[str, float], bounds: dict[str, float]) -> list[str]:
+    """The steps out of bounds, in the order of the computation: what is wrong lies before the first."""
+    return [name for name, bound in bounds.items() if not differences[name] <= bound]  # also for NaN
 
 
 def fixed_pictures(height: int, width: int, channels: int) -> np.ndarray:
@@ -164,13 +170,12 @@ def record_steps(model: HfViTForImageClassification, pictures: np.ndarray) -> di
 
 def bound_of(name: str, expected: np.ndarray, *, is_hybrid: bool) -> float:
     """The largest absolute difference that a step may have."""
-    largest = float(np.abs(expected).max())
     if name == "root" or name.startswith("stage_"):
-        return 1e-5 * largest
-    rate = BOUNDS.get(name.split("_")[0], BOUND_OF_A_STEP)
+        return RATE * _largest(expected)
+    rate = RATE_OF_POSITIONS if name == "posemb" else RATE
     if is_hybrid and name in ("logits", "features"):
-        rate = HYBRID_BOUND
-    return rate * max(1.0, largest)
+        rate = RATE_BEHIND_A_STEM
+    return rate * max(1.0, _largest(expected))
 
 
 def _load(model_path: str | Path) -> tuple[HfViTForImageClassification, bool]:
@@ -179,6 +184,18 @@ def _load(model_path: str | Path) -> tuple[HfViTForImageClassification, bool]:
         str(model_path), dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     return model.eval(), any(name.startswith("classifier.") for name in info["missing_keys"])
+
+
+def _run_oracle(
+    checkpoint: str | Path, config: HfViTConfig, pictures: np.ndarray, *, is_head_new: bool
+) -> tuple[reference.Arrays, str]:
+    """What the checkpoint computes, and where the model's head comes from."""
+    try:
+        params = reference.read_checkpoint(checkpoint)
+        head = _choose_head(params, config, is_new=is_head_new)
+        return reference.forward(params, pictures, _settings(params, config)), head
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{checkpoint}: the oracle cannot read it: {error}") from error
 
 
 def _choose_head(params: reference.Arrays, config: HfViTConfig, *, is_new: bool) -> str:
@@ -210,23 +227,23 @@ def _settings(params: reference.Arrays, config: HfViTConfig) -> reference.Settin
     return reference.infer_settings(params, **overrides)
 
 
-def _compare(
-    expected: dict[str, np.ndarray], got: dict[str, np.ndarray], *, is_hybrid: bool
-) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Absolute and relative differences and bounds by name, in the order of the computation."""
-    differences, relative, bounds = {}, {}, {}
+def _distances(expected: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest absolute difference by name, in the order of the computation.
+
+    Not compared: `pooled` and fixed positions, which are no output of ours; `features` and `tokens` show them.
+    """
+    distances = {}
     for name, theirs in expected.items():
-        if name not in got:
-            continue  # `pooled` before the representation layer, fixed positions: seen in `features` and `tokens`
-        ours = got[name][:, -theirs.shape[1] :] if name == "posemb" else got[name]  # big_vision has no class row
-        if ours.shape != theirs.shape:
-            raise ValueError(f"{name}: the model gives {ours.shape}, the checkpoint {theirs.shape}: not one model")
-        difference = float(np.abs(ours - theirs).max())
-        largest = float(np.abs(theirs).max())
-        differences[name] = difference
-        relative[name] = difference / largest if largest else difference
-        bounds[name] = bound_of(name, theirs, is_hybrid=is_hybrid)
-    return differences, relative, bounds
+        if name in got:
+            ours = got[name][:, -theirs.shape[1] :] if name == "posemb" else got[name]  # big_vision has no class row
+            if ours.shape != theirs.shape:
+                raise ValueError(f"{name}: the model gives {ours.shape}, the checkpoint {theirs.shape}: not one model")
+            distances[name] = _largest(ours - theirs)
+    return distances
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.abs(x).max())
 
 
 @dataclass
@@ -249,12 +266,16 @@ def main(arguments: list[str] | None = None) -> Certificate:
 
 
 def report(certificate: Certificate) -> str:
-    """A table of the differences."""
-    lines = [f"{certificate.source} (sha256 {certificate.sha256[:16]}...), {certificate.pictures} pictures of "]
-    lines[0] += "{}x{} pixels, head: {}".format(*certificate.image_size, certificate.head)
-    lines.append(f"{'step':<10}{'difference':>12}{'relative':>12}{'bound':>12}")
+    """A table of the differences; of the blocks and their attention only the first out of bounds."""
+    height, width = certificate.image_size
+    lines = [
+        f"{certificate.source} (sha256 {certificate.sha256[:16]}...), {certificate.pictures} pictures of "
+        f"{height}x{width} pixels, head: {certificate.head}",
+        f"{'step':<10}{'difference':>12}{'relative':>12}{'bound':>12}",
+    ]
+    first = excesses(certificate.differences, certificate.bounds)[:1]
     for name, difference in certificate.differences.items():
-        if not name.startswith(("attn", "block")) or name in certificate.excesses[:1]:
+        if not name.startswith(("attn", "block")) or name in first:
             relative, bound = certificate.relative_differences[name], certificate.bounds[name]
             lines.append(f"{name:<10}{difference:>12.1e}{relative:>12.1e}{bound:>12.1e}")
     return "\n".join(lines)
@@ -262,7 +283,7 @@ def report(certificate: Certificate) -> str:
 
 def failure(certificate: Certificate) -> str:
     """One line that names the first step out of bounds."""
-    name = certificate.excesses[0]
+    name = excesses(certificate.differences, certificate.bounds)[0]
     return (
         f"{certificate.source}: the model does not compute what the checkpoint does: {name} is "
         f"{certificate.differences[name]:.1e} off, expected at most {certificate.bounds[name]:.1e}"

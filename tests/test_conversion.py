@@ -193,6 +193,30 @@ def test_one_wrong_setting_is_seen(tmp_path, name, field, value):
     assert not json.loads((tmp_path / "p.json").read_text())["passed"]
 
 
+DEEP_STEM = {"resnet_layers": [3, 4, 9], "resnet_width_factor": 0.5, "patch_size": 1, "num_labels": 3}
+
+
+def test_a_deep_stem_may_differ_by_its_own_rounding(tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "x.npz", **DEEP_STEM, image_size=64)
+    certificate = convert(path, tmp_path / "model")
+    assert certificate["passed"]
+    assert "stage_3" in certificate["float32_noise"]
+    for name, noise in certificate["float32_noise"].items():
+        assert certificate["bounds"][name] == 4 * noise
+    assert certificate["bounds"]["stage_3"] < 1e-2
+
+
+def test_a_deep_stem_that_is_wrong_is_seen(tmp_path, monkeypatch):
+    def pad_symmetrically(x, kernel_size, stride):
+        side = (kernel_size - 1) // 2
+        return torch.nn.functional.pad(x, (side, kernel_size - 1 - side) * 2)
+
+    monkeypatch.setattr("hf_vit.resnetv2.pad_same", pad_symmetrically)
+    path = write_tiny_checkpoint(tmp_path / "x.npz", **DEEP_STEM, image_size=64)
+    with pytest.raises(verify_parity.ParityError, match="root is"):
+        convert(path, tmp_path / "model")
+
+
 def test_one_changed_weight_is_seen(tmp_path):
     convert(TOKEN, tmp_path / "model", "--verify", "false")
     path = tmp_path / "model" / "model.safetensors"
