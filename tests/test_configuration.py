@@ -57,7 +57,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
     [
         ({"num_hidden_layers": 10**6}, "num_hidden_layers must be from 0 to 1000"),
         ({"num_hidden_layers": 999, "hidden_size": 131_072, "num_attention_heads": 8}, "above the limit"),
-        ({"layer_norm_eps": -1.0}, "layer_norm_eps must be between 0 and 1"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps must be above 0 and at most 1"),
         ({"num_attention_heads": 5}, "multiple of num_attention_heads"),
         ({"patch_size": 0}, "patch_size must be from 1"),
         ({"image_size": 8}, "smaller than one patch"),

@@ -375,6 +375,19 @@ def test_a_missing_tensor_raises(tmp_path):
         HfViTModel.from_pretrained(tmp_path, intermediate_size=44)
 
 
+def test_who_asks_for_the_lists_gets_them_instead_of_an_error(tmp_path):
+    HfViTModel(tiny(num_hidden_layers=2)).save_pretrained(tmp_path)
+    _, info = HfViTModel.from_pretrained(tmp_path, num_hidden_layers=3, output_loading_info=True)
+    assert len(info["missing_keys"]) == 16
+    assert all(name.startswith("encoder.layer.2.") for name in info["missing_keys"])
+
+
+def test_weights_may_be_given_as_a_state_dict():
+    model = randomised(HfViTModel(tiny()))
+    again = HfViTModel.from_pretrained(None, config=tiny(), state_dict=model.state_dict())
+    assert torch.equal(model.encoder.layer[1].ffn.fc2.weight, again.encoder.layer[1].ffn.fc2.weight)
+
+
 def test_a_tensor_that_is_not_finite_raises(tmp_path):
     model = HfViTModel(tiny())
     with torch.no_grad():

@@ -52,8 +52,10 @@ _LABELS = ("num_labels", "id2label", "label2id")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def load_pretrained(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: Any, **kwargs: Any):
+def load_pretrained(cls: type[HfViTPreTrainedModel], source: str | Path | None, *model_args: Any, **kwargs: Any):
     """What `from_pretrained` of every model does. See `HfViTPreTrainedModel.from_pretrained`."""
+    if source is None:  # weights given as state_dict=
+        return super(HfViTPreTrainedModel, cls).from_pretrained(None, *model_args, **kwargs)
     try:
         opener = _foreign(cls, source, kwargs)
         if opener is None:
@@ -304,7 +306,8 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: 
         own = _checked_config(
             source, stored, config, {name: kwargs[name] for name in kwargs if name in _CONFIG_FIELDS - {*_LABELS}}
         )
-        if not (stored.get("quantization_config") or kwargs.get("gguf_file") or kwargs.get("variant")):
+        unchecked = ("gguf_file", "variant", "output_loading_info")
+        if not (stored.get("quantization_config") or any(kwargs.get(name) for name in unchecked)):
             _check_headers(cls, source, own, hub, allow_new_head=asked)
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
@@ -382,7 +385,10 @@ def _check_headers(
 def _load_strictly(
     cls: type[HfViTPreTrainedModel], source, label: str, *model_args: Any, allow_new_head: bool, **kwargs: Any
 ):
-    """transformers' own loading, then a check that nothing is missing, left over, mis-shaped or not finite."""
+    """transformers' own loading, then a check that nothing is missing, left over, mis-shaped or not finite.
+
+    Who asks for the lists (`output_loading_info=True`) gets them, and nothing is raised.
+    """
     wants_info = kwargs.pop("output_loading_info", False)
     kwargs["ignore_mismatched_sizes"] = True  # the head may differ; everything else is refused below
     with _without_load_report():  # what follows says the same, and raises
@@ -390,6 +396,8 @@ def _load_strictly(
             source, *model_args, output_loading_info=True, **kwargs
         )
     model, info = loaded
+    if wants_info:
+        return model, info
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     lost = [name for name in mismatched if not (allow_new_head and _is_new(name))]
     missing = sorted(name for name in info["missing_keys"] if name not in mismatched and not _is_new(name))
@@ -406,7 +414,7 @@ def _load_strictly(
     new = sorted({name for name in [*info["missing_keys"], *mismatched] if _is_new(name)})
     if new:
         logger.warning(listing(f"{label}: made new, because the checkpoint has none that fits", new, "+"))
-    return (model, info) if wants_info else model
+    return model
 
 
 @contextlib.contextmanager

@@ -248,8 +248,8 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             _in_range(name, getattr(self, name), 0, 1)
         for name in ("layer_norm_eps", "resnet_norm_eps", "resnet_conv_eps"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         _in_range("initializer_range", self.initializer_range, 0, 10)
 
 

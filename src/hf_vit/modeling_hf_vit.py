@@ -368,7 +368,8 @@ class HfViTPreTrainedModel(PreTrainedModel):
             num_labels: Asks for a new head if the checkpoint's has another width.
             preset: A name in `PRESETS`, for weights of PyTorch code without a `config.json` (`.safetensors`, `.bin`,
                 `.pth`), which do not tell the number of heads.
-            kwargs: Any field of `HfViTConfig`, over what the file says; anything that transformers takes.
+            kwargs: Any field of `HfViTConfig`, over what the file says; anything that transformers takes. With
+                `output_loading_info=True` the lists of what did not fit come back instead of an error.
 
         Raises:
             ValueError: if a tensor is missing, left over, mis-shaped or not finite.
