@@ -19,7 +19,7 @@ test: install
 	$(BIN)/python -m pytest -n 2
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 style: install
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -5,11 +5,13 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTImageProcessor, ViTModel
 
 from hf_vit import (
@@ -23,7 +25,7 @@ from hf_vit import (
 from hf_vit.export import export_onnx, export_program, export_timm, export_transformers
 
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -176,7 +178,7 @@ def test_timm_gets_classes_and_preprocessing(tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["label_names"] == [f"kind {i}" for i in range(5)]
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    data = timm.data.resolve_model_data_config(model)
+    data = resolve_model_data_config(model)
     assert (data["interpolation"], data["crop_pct"], data["mean"]) == ("bicubic", 0.8, [0.5, 0.5, 0.5])
 
 
@@ -255,7 +257,7 @@ def test_a_backbone_is_refused_by_name(tmp_path):
 
 def command():
     path = Path(__file__).parent.parent / "examples" / "export.py"
-    spec = importlib.util.spec_from_file_location("export_example", path)
+    spec: Any = importlib.util.spec_from_file_location("export_example", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["export_example"] = module
     spec.loader.exec_module(module)
@@ -268,6 +270,7 @@ def test_the_command_writes_what_the_suffix_or_the_format_says(tmp_path):
     assert command()([*model, "--output", str(tmp_path / "m.pt2")]) == 0
     assert command()([*model, "--output", str(tmp_path / "t"), "--format", "timm", "--image_size", "48"]) == 0
     assert torch.export.load(tmp_path / "m.pt2") is not None
-    assert timm.create_model(f"local-dir:{tmp_path / 't'}", pretrained=True).patch_embed.img_size == (48, 48)
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path / 't'}", pretrained=True)
+    assert theirs.patch_embed.img_size == (48, 48)
     with pytest.raises(SystemExit):
         command()([*model, "--output", str(tmp_path / "nothing")])

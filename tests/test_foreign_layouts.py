@@ -1,7 +1,10 @@
 """The one door: transformers', timm's and the seed's layouts, against those libraries side by side."""
 
 import json
+import os
 import re
+import socket
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +19,7 @@ from transformers import (
     ViTForMaskedImageModeling,
     ViTModel,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hf_vit import (
@@ -33,7 +37,7 @@ from hf_vit.layouts import torch_rules
 from hf_vit.torch_checkpoints import _TIMM_ARCHITECTURES, TIMM_ACTIVATIONS, TIMM_POOLINGS, _timm_fields
 
 
-STOCK = {
+STOCK: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -43,7 +47,7 @@ STOCK = {
     "encoder_stride": 8,
     "num_labels": 5,
 }
-TIMM = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 32, "num_classes": 5}
+TIMM: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 32, "num_classes": 5}
 
 
 def randomised(model):
@@ -84,7 +88,7 @@ def assert_equal_weights(model, state):
 
 
 def test_one_network_in_every_layout_loads_to_equal_weights(tmp_path):
-    model = randomised(HfViTForImageClassification(HfViTConfig(**{**STOCK, "num_labels": 5})))
+    model = randomised(HfViTForImageClassification(HfViTConfig(**STOCK)))
     state = model.state_dict()
     model.save_pretrained(tmp_path / "own")
     export_transformers(model, tmp_path / "transformers")
@@ -308,7 +312,7 @@ def test_every_accepted_architecture_of_timm_has_the_numbers_that_the_table_says
     assert len(accepted) > 60
     plain = [name for name in accepted if not re.search(r"_r(26|50)?_s\d", name)]
     for name in plain:  # on the meta device; a hybrid measures its stem by running it
-        model = timm.create_model(name, device="meta", depth=1)
+        model: Any = timm.create_model(name, device="meta", depth=1)
         fields = _timm_fields({"architecture": name}, model.has_class_token)
         assert fields["num_attention_heads"] == model.blocks[0].attn.num_heads, name
         assert fields["pooling"] == TIMM_POOLINGS[model.global_pool], name
@@ -399,6 +403,39 @@ def test_the_seed_implementation_computes_with_the_exact_gelu(tmp_path):
     torch.save(names, tmp_path / "hybrid.bin")
     with pytest.raises(CheckpointError, match=r"load the original \.npz file"):
         HfViTForImageClassification.from_pretrained(tmp_path / "hybrid.bin", num_attention_heads=4)
+
+
+# -- in parts
+
+
+def compare_on_two_ranks(rank, folder, port):
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for source in (folder / "stock", folder / "timm"):
+        expected = HfViTForImageClassification.from_pretrained(source)
+        for parts in (DistributedConfig(tp_size=2), DistributedConfig(fsdp_size=2)):
+            model = HfViTForImageClassification.from_pretrained(source, distributed_config=parts)
+            weight: Any = model.vit.encoder.layer[0].attn.query.weight
+            assert weight.to_local().shape != weight.shape
+            for name, value in model.state_dict().items():
+                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+                assert torch.equal(whole, expected.state_dict()[name]), name
+            with torch.no_grad():
+                logits: Any = model(pictures()).logits
+                assert_same(logits, expected(pictures()).logits, tolerance=1e-6)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_foreign_checkpoint_without_permuting_it(tmp_path):
+    stock().save_pretrained(tmp_path / "stock")
+    of_timm(tmp_path / "timm")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(compare_on_two_ranks, args=(tmp_path, port), nprocs=2)
 
 
 # -- another size, another head

@@ -26,7 +26,10 @@ def test_every_python_block_runs():
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_tree_names_every_file_with_a_comment(folder):
     tree = README[README.index("## Where things are") :]
-    lines = {line.split()[0].rstrip("/"): line.split(maxsplit=1)[1:] for line in tree.splitlines() if line.split()}
+    section = re.split(r"\n    (?=\S)", tree[tree.index(f"\n    {folder}/") + 1 :], maxsplit=1)[
+        0
+    ]  # up to the next folder
+    lines = {line.split()[0].rstrip("/"): line.split(maxsplit=1)[1:] for line in section.splitlines() if line.split()}
     for path in (ROOT / folder).rglob("*"):
         inner = path.relative_to(ROOT / folder)
         if path.is_file() and not SKIPPED & set(inner.parts) and path.suffix != ".pyc":

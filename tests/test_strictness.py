@@ -2,6 +2,7 @@
 
 import json
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hf_vit.checkpoints import write_jax_checkpoint
 from hf_vit.containers import CheckpointError
 
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,

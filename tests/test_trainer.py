@@ -68,7 +68,7 @@ SCRIPT = """
         def slow_step(*args):
             if trainer.state.global_step == 2:
                 print("going", flush=True)
-            time.sleep({pause})
+                time.sleep({pause})
             return training_step(*args)
 
         trainer.training_step = slow_step
@@ -100,32 +100,31 @@ def start_training(tmp_path: Path, *, pause: float, **settings: Any) -> subproce
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(number, tmp_path):
-    process = start_training(tmp_path, pause=0.05, **WORKERS)
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=120)
+    with start_training(tmp_path, pause=0.5, **WORKERS) as process:
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output
     assert str(newest_complete_checkpoint(tmp_path / "out")) in output
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    process = start_training(tmp_path, pause=30.0)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == -signal.SIGTERM
+    with start_training(tmp_path, pause=600.0) as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == -signal.SIGTERM
     assert checkpoints_of(tmp_path / "out") == []
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
-    whole = make_trainer(tmp_path / "whole", max_steps=60)
-    whole.train()
     for attempt in range(3):
-        process = start_training(tmp_path, pause=0.0, save_strategy="steps", save_steps=1, save_total_limit=3)
-        time.sleep(0.05 + 0.13 * attempt)
-        process.kill()
-        process.wait()
+        settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+        with start_training(tmp_path, pause=0.0, **settings) as process:
+            time.sleep(0.05 + 0.13 * attempt)
+            process.kill()
         found = newest_complete_checkpoint(tmp_path / "out")
         reached = int(found.name.partition("-")[2])
         assert reached >= 1
@@ -191,12 +190,13 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
 def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persistent, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1000, **(WORKERS | {"dataloader_persistent_workers": persistent}))
 
-    def kill_a_worker() -> None:
+    def kill_the_workers() -> None:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        workers = [pid for pid in children if "multiprocessing" in _command(pid) or _command(pid) == _command("self")]
-        os.kill(int(workers[0]), signal.SIGKILL)
+        for pid in children:
+            if _command(pid) == _command("self"):  # forked, and not one of multiprocessing's own helpers
+                os.kill(int(pid), signal.SIGKILL)
 
-    at_step(trainer, 4, kill_a_worker)
+    at_step(trainer, 4, kill_the_workers)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* what was trained is saved in .*checkpoint-\d+"):
         trainer.train()
     newest_complete_checkpoint(tmp_path)
@@ -223,7 +223,7 @@ def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(tmp
     trainer = make_trainer(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
     processor = HfViTImageProcessor.for_model(trainer.model.config)
     trainer.train_dataset = stalls_at(3)(pictures(), processor)
-    with pytest.raises(RuntimeError, match=r"timed out after 2 seconds.*saved in"):
+    with pytest.raises(RuntimeError, match=r"timed out after 2.* seconds.*saved in"):
         trainer.train()
     newest_complete_checkpoint(tmp_path)
 

@@ -25,6 +25,7 @@ from .atomic import atomic_folder
 from .configuration_hf_vit import HfViTConfig
 from .containers import CheckpointError
 from .foreign import UNFIT, Checkpoint, is_finite, listing, two_lists, updated
+from .hub_cache import verify_download
 from .jax_checkpoints import open_jax_checkpoint, write_jax_checkpoint
 from .labels import head_kind, id2label, problem_type
 from .layouts import own_shapes
@@ -308,6 +309,8 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: 
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
     result = _load_strictly(cls, source, str(source), *model_args, allow_new_head=asked, **kwargs)
+    if not Path(source).is_dir():
+        verify_download(source, **{name: hub[name] for name in ("cache_dir", "revision", "subfolder") if name in hub})
     if wanted is not None:
         (result[0] if isinstance(result, tuple) else result).resize_position_embeddings(wanted)
     return result

@@ -359,13 +359,15 @@ class HfViTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Open a checkpoint of any layout: ours, transformers', timm's, or an original `.npz` file.
+        """Open a checkpoint of any layout: ours, transformers', timm's, the seed's, or an original `.npz` file.
 
         Args:
             pretrained_model_name_or_path: A Hub id, a folder, or an `.npz` file or fine-tuning `checkpoint_<step>` of
                 the JAX code, as a path, `https://` or `gs://`, or a name of the catalogue such as `ViT-B_16`.
             image_size: Pixels, one number or (height, width): resamples the position embeddings if the grid differs.
             num_labels: Asks for a new head if the checkpoint's has another width.
+            preset: A name in `PRESETS`, for weights of PyTorch code without a `config.json` (`.safetensors`, `.bin`,
+                `.pth`), which do not tell the number of heads.
             kwargs: Any field of `HfViTConfig`, over what the file says; anything that transformers takes.
 
         Raises:

@@ -102,7 +102,7 @@ def pooling_weights(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch
         if pooling == "map":
             hooks.enter_context(_watched(_probe(model), 1, seen.append))
             _run(model, pixel_values)
-            return seen[0].mean(dim=1)[:, 0]  # (B, N)
+            return seen[0].float().mean(dim=1)[:, 0]  # (B, N)
         first = _recorded_modules(model, "hidden_states")[0][0]
         hooks.enter_context(_stopped_at(first, seen))
         _run(model, pixel_values)

@@ -67,7 +67,9 @@ def load_splits(
     """
     if bad_images not in ("fail", "skip"):
         raise ValueError(f'bad_images is {bad_images!r}, expected "fail" or "skip"')
-    opened = _open(dataset, streaming=streaming, config_name=config_name, cache_dir=cache_dir)
+    opened = _open(
+        dataset, seed=seed, test_size=test_size, streaming=streaming, config_name=config_name, cache_dir=cache_dir
+    )
     parts = _train_and_held_out(opened, dataset, require_train=require_train)
     features = next(iter(parts.values())).features
     if features is None:
@@ -192,11 +194,13 @@ def default_num_workers() -> int:
     return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1), 8)
 
 
-def _open(dataset: str, *, streaming: bool, config_name: str | None, cache_dir: str | None) -> Mapping[Any, Any]:
+def _open(
+    dataset: str, *, seed: int, test_size: float, streaming: bool, config_name: str | None, cache_dir: str | None
+) -> Mapping[Any, Any]:
     """Splits by name, columns as they come."""
     path = Path(dataset).expanduser()
     if dataset == "digits":
-        return {"train": _digits()}
+        return _digits(seed, test_size)
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is a file; expected a .parquet file, a folder, a Hub dataset id or `digits`")
@@ -215,9 +219,13 @@ def _open(dataset: str, *, streaming: bool, config_name: str | None, cache_dir: 
         ) from error
 
 
-def _digits() -> Dataset:
-    """scikit-learn's 8x8 digits, 0..16 scaled to 0..255 and truncated, three equal channels, as PNG."""
+def _digits(seed: int, test_size: float) -> dict[str, Dataset]:
+    """scikit-learn's 8x8 digits, 0..16 scaled to 0..255 and truncated, three equal channels, as PNG.
+
+    Split by scikit-learn itself, stratified, so that figures compare with what others measure on its digits.
+    """
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     cells = []
@@ -225,7 +233,9 @@ def _digits() -> Dataset:
         buffer = io.BytesIO()
         PIL.Image.fromarray(pixels).convert("RGB").save(buffer, "png")
         cells.append({"bytes": buffer.getvalue(), "path": f"digit-{row:04d}.png"})
-    return _dataset(cells, digits.target.tolist(), [str(name) for name in digits.target_names])
+    whole = _dataset(cells, digits.target.tolist(), [str(name) for name in digits.target_names])
+    rows = train_test_split(range(len(whole)), test_size=test_size, stratify=digits.target, random_state=seed)
+    return {name: whole.select(sorted(part)) for name, part in zip(("train", "test"), rows, strict=True)}
 
 
 def _dataset(cells: list, labels: list[int], names: list[str]) -> Dataset:

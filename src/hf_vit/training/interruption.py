@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
@@ -66,43 +68,47 @@ class StopSignals:
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Makes a loader worker ignore the signals that its whole process group gets; it ends when its parent does."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Makes a loader worker ignore Ctrl-C, which its whole process group gets; the trainer ends it by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class WorkerDeaths:
-    """Lets the death of a loader worker be noticed while a batch is fetched, and never in the middle of a step.
+    """A context in which a loader worker's death is noticed while a batch is fetched, never in the middle of a step.
 
     torch raises from a handler of SIGCHLD, wherever the main thread is: in the middle of an optimizer step, too, after
     which half of the parameters have moved.
     """
 
     def __init__(self) -> None:
-        self._raise_if_dead = None
+        self._raise_if_dead: Callable | None = None
         self._is_fetching = False
         self._is_pending = False
 
     def __enter__(self) -> "WorkerDeaths":
-        self._adopt()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._raise_if_dead is not None:
+            signal.signal(signal.SIGCHLD, self._raise_if_dead)
+
+    @contextmanager
+    def raised_here(self) -> Generator[None]:
+        """Raises inside if a worker dies, or has died since the last time."""
+        self._stand_before_torch()
         self._is_fetching = True
         try:
             if self._is_pending and self._raise_if_dead is not None:
                 self._is_pending = False
                 self._raise_if_dead(signal.SIGCHLD, None)
-        except BaseException:
+            yield
+        finally:
             self._is_fetching = False
-            raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._is_fetching = False
-
-    def _adopt(self) -> None:
-        """Stands before the handler that torch installs with the first workers."""
+    def _stand_before_torch(self) -> None:
+        """Takes the place of the handler that torch installs with the first workers, once it is there."""
         handler = signal.getsignal(signal.SIGCHLD)
         is_main = threading.current_thread() is threading.main_thread()
-        if callable(handler) and handler != self._note and is_main:
+        if is_main and callable(handler) and handler != self._note:
             self._raise_if_dead = handler
             signal.signal(signal.SIGCHLD, self._note)
 

@@ -89,7 +89,7 @@ def _by_steps(steps: int, warmup: int, **others: Any) -> Mapping[str, Any]:
 
 
 # 8x8 handwriting must not be mirrored, nor lose a stroke to a crop. 1,437 pictures: 45 steps are an epoch.
-_DIGITS = {"total_batch_size": 32, "image_size": None, "horizontal_flip": False, "crop_scale": 0.7}
+_DIGITS = {"total_batch_size": 32, "image_size": None, "horizontal_flip": False, "crop_scale": 1.0}
 
 _PAPER = Recipe(
     summary="the paper's fine-tuning: SGD, momentum 0.9, batch 512, 384 pixels, cosine",
@@ -185,7 +185,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             warmup_steps=0.1,
             weight_decay=0.05,
             crop_scale=0.5,
-            datasets={"digits": {**_DIGITS, "num_train_epochs": 20, "learning_rate": 1e-3}},
+            datasets={
+                "digits": {**_DIGITS, "num_train_epochs": 20, "learning_rate": 1e-3, "label_smoothing_factor": 0.1}
+            },
         ),
         "linear_probe": Recipe(
             summary="only the head learns, on frozen features: SGD, no weight decay, light crops",
@@ -198,7 +200,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             warmup_steps=0.1,
             crop_scale=0.2,
             trainable="head",
-            datasets={"digits": {**_DIGITS, "crop_scale": 1.0, "num_train_epochs": 30}},
+            datasets={"digits": {**_DIGITS, "num_train_epochs": 30}},
         ),
         "lora": Recipe(
             summary="low-rank adapters on query and value, and the head; through PEFT",

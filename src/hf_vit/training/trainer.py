@@ -80,7 +80,7 @@ class HfViTTrainer(Trainer):
             RuntimeError: if another training holds the output folder, or a loader worker dies or stalls.
         """
         lock = exclusive_lock(self.args.output_dir) if self.args.should_save else contextlib.nullcontext()
-        with lock, StopSignals() as self._signals:
+        with lock, StopSignals() as self._signals, WorkerDeaths() as self._worker_deaths:
             self._resumed_from = self._checkpoint_to_resume(resume_from_checkpoint)
             result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         if self.ema is not None:
@@ -93,7 +93,7 @@ class HfViTTrainer(Trainer):
         """Fetches the batches of one optimizer step; where that fails, saves what has been trained, then says so."""
         self._batch_indices.clear()
         try:
-            with self._worker_deaths:
+            with self._worker_deaths.raised_here():
                 return super().get_batch_samples(epoch_iterator, num_batches, device)
         except Exception as error:
             saved = self._save_before_leaving()
