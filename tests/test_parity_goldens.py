@@ -34,10 +34,8 @@ def run(case, folder=GOLDENS, **arguments):
 
 def bound(name, expected, is_hybrid):
     """What the reference keeps against itself, run operation by operation; the stem's is relative to its range."""
-    if name in ("logits", "features"):
+    if name in ("logits", "features") or name.startswith("attn_"):
         return 2e-5 if is_hybrid else 1e-5
-    if name.startswith("attn_"):
-        return 1e-5
     if name == "posemb":
         return 1e-6
     if name == "root" or name.startswith("stage_"):
