@@ -270,7 +270,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_no_stray(tmp_path, monkey
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer, "_save_rng_state", disk_full)
-    with pytest.raises(OSError, match="bytes free, .* nothing was changed, make room"):
+    with pytest.raises(OSError, match=r"bytes free, .* nothing was changed, make room"):
         trainer.train()
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
