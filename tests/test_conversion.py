@@ -101,6 +101,7 @@ def test_every_kind_of_checkpoint_is_proved(tmp_path, name):
         ("bv_two_towers_scan", ["--image_size", 96], {"image_size": [96, 96], "head": "none"}),
         ("vit_p16_tok_rep", ["--num_labels", 4], {"head": "new"}),
         ("bv_two_towers_scan", ["--num_labels", 4], {"head": "new"}),
+        ("bv_gap_bf16", ["--image_size", 96], {"image_size": [96, 96], "head": "checkpoint"}),
         ("bv_gap_bf16", ["--pooling", "none"], {"head": "checkpoint"}),
         ("bv_gap_bf16", ["--pooling", "token"], {"head": "checkpoint"}),
         ("vit_p16_tok_rep", ["--pooling", "none"], {"head": "checkpoint"}),

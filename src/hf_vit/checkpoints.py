@@ -84,17 +84,25 @@ def plan_conversion(
     plan = []
     for rule in checkpoint.rules:
         shape, read = rule.ours_shape, functools.partial(checkpoint.tensor, rule)
+        dtype = checkpoint.arrays.dtypes[rule.theirs]
         if rule.ours == "embeddings.position_embeddings" and old_grid != new_grid:
             shape = (1, config.num_prefix_tokens + math.prod(new_grid), config.hidden_size)
-            read = functools.partial(_resampled, read, checkpoint.config, new_grid)
+            dtype = torch.promote_types(dtype, torch.float32)  # a half-precision table is not rounded again
+            read = functools.partial(_resampled, read, checkpoint.config, new_grid, dtype)
         if keeps_head or not rule.ours.startswith("classifier."):
-            plan.append(PlannedTensor(rule.ours, shape, checkpoint.arrays.dtypes[rule.theirs], read))
+            plan.append(PlannedTensor(rule.ours, shape, dtype, read))
     return config, plan
 
 
-def _resampled(read: Callable[[], torch.Tensor], config: HfViTConfig, grid: tuple[int, int]) -> torch.Tensor:
+def _resampled(
+    read: Callable[[], torch.Tensor], config: HfViTConfig, grid: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
     return resample_position_embeddings(
-        read(), config.grid_size, grid, num_prefix_tokens=config.num_prefix_tokens, method=config.position_resampling
+        read().to(dtype),
+        config.grid_size,
+        grid,
+        num_prefix_tokens=config.num_prefix_tokens,
+        method=config.position_resampling,
     )
 
 
