@@ -37,7 +37,7 @@ class DemoArguments:
     """Where the demo writes, and how long it learns."""
 
     output_dir: str = field(default="demo_output", metadata={"help": "Folder for everything that the demo makes."})
-    num_train_epochs: int = field(default=12, metadata={"help": "Passes over the 1,437 training pictures."})
+    num_train_epochs: int = field(default=6, metadata={"help": "Passes over the 1,437 training pictures."})
 
 
 def main(argv: list[str]) -> int:
