@@ -33,7 +33,7 @@ def save_npz(path, arrays=ARRAYS, **kwargs):
 
 def npy_bytes(array):
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, allow_pickle=True)
+    np.lib.format.write_array(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
