@@ -306,7 +306,7 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: 
     """A folder or a Hub id in our own layout."""
     hub, wanted, config = _hub_arguments(kwargs), kwargs.pop("image_size", None), kwargs.get("config")
     asked = config is not None or any(name in kwargs for name in ("num_labels", "id2label"))
-    asked = asked or kwargs.pop("ignore_mismatched_sizes", False)
+    asked = asked or kwargs.get("ignore_mismatched_sizes", False)
     stored = _stored_config(source, hub)
     if stored is not None:
         if asked and config is None and _has_other_classes(stored, kwargs):
@@ -398,8 +398,10 @@ def _load_strictly(
     Who asks for the lists (`output_loading_info=True`) gets them, and nothing is raised.
     """
     wants_info = kwargs.pop("output_loading_info", False)
+    # what follows says what the library's report does, and raises; who lets sizes differ wants to see the report
+    reported = contextlib.nullcontext() if kwargs.get("ignore_mismatched_sizes") else _without_load_report()
     kwargs["ignore_mismatched_sizes"] = True  # the head may differ; everything else is refused below
-    with _without_load_report():  # what follows says the same, and raises
+    with reported:
         loaded: Any = super(HfViTPreTrainedModel, cls).from_pretrained(
             source, *model_args, output_loading_info=True, **kwargs
         )

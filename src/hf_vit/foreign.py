@@ -154,7 +154,11 @@ def is_finite(value: torch.Tensor) -> bool:
     """Say whether there is no NaN and no Inf in it; a tensor without data counts as finite."""
     if value.is_meta:
         return True
-    total = value.sum(dtype=torch.float32 if value.dtype != torch.float64 else None)
+    try:
+        total = value.sum(dtype=torch.float32 if value.dtype != torch.float64 else None)
+    except NotImplementedError:  # a quantised tensor: whole numbers, their scales, ...
+        names, _ = value.__tensor_flatten__()
+        return all(is_finite(getattr(value, name)) for name in names)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
 
 

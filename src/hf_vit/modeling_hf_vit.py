@@ -491,6 +491,13 @@ class HfViTForImageClassification(HfViTPreTrainedModel):
         self.classifier = nn.Linear(features, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the classifier, by which transformers' quantisers know that it keeps its precision."""
+        return self.classifier if self.num_labels > 0 else None
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.classifier = new_embeddings
+
     @can_return_tuple
     def forward(
         self,
