@@ -1,9 +1,7 @@
 """The one door: transformers', timm's and the seed's layouts, against those libraries side by side."""
 
 import json
-import os
 import re
-import socket
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from transformers import (
     ViTForMaskedImageModeling,
     ViTModel,
 )
-from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hf_vit import (
@@ -403,39 +400,6 @@ def test_the_seed_implementation_computes_with_the_exact_gelu(tmp_path):
     torch.save(names, tmp_path / "hybrid.bin")
     with pytest.raises(CheckpointError, match=r"load the original \.npz file"):
         HfViTForImageClassification.from_pretrained(tmp_path / "hybrid.bin", num_attention_heads=4)
-
-
-# -- in parts
-
-
-def compare_on_two_ranks(rank, folder, port):
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    for source in (folder / "stock", folder / "timm"):
-        expected = HfViTForImageClassification.from_pretrained(source)
-        for parts in (DistributedConfig(tp_size=2), DistributedConfig(fsdp_size=2)):
-            model = HfViTForImageClassification.from_pretrained(source, distributed_config=parts)
-            weight: Any = model.vit.encoder.layer[0].attn.query.weight
-            assert weight.to_local().shape != weight.shape
-            for name, value in model.state_dict().items():
-                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-                assert torch.equal(whole, expected.state_dict()[name]), name
-            with torch.no_grad():
-                logits: Any = model(pictures()).logits
-                assert_same(logits, expected(pictures()).logits, tolerance=1e-6)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_share_a_foreign_checkpoint_without_permuting_it(tmp_path):
-    stock().save_pretrained(tmp_path / "stock")
-    of_timm(tmp_path / "timm")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(compare_on_two_ranks, args=(tmp_path, port), nprocs=2)
 
 
 # -- another size, another head

@@ -1,0 +1,295 @@
+"""What the rest of the library does with our models: Trainer, PEFT, quantisers, UperNet, DPT, two ranks."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    DPTConfig,
+    DPTForDepthEstimation,
+    Trainer,
+    TrainingArguments,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.distributed import DistributedConfig
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from hf_vit import HfViTConfig, HfViTForImageClassification
+from hf_vit.export import export_timm, export_transformers
+from hf_vit.foreign import is_finite
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+}
+
+
+def randomised(model):
+    """Every parameter random, scales near one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.copy_(1 + noise if name.endswith(".weight") and parameter.ndim == 1 else noise)
+    return model.eval()
+
+
+def classifier(**fields):
+    return randomised(HfViTForImageClassification(HfViTConfig(**{**SIZES, **fields})))
+
+
+def pictures(count=2, height=32, width=32):
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def assert_equal_tensors(one, other):
+    assert set(one) == set(other)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# -- the library's own Trainer on a folder of the library's own ViT
+
+
+@pytest.fixture
+def stock_folder(tmp_path):
+    randomised(ViTForImageClassification(ViTConfig(**SIZES))).save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def stock_trainer(source: Path, folder: Path, **settings: Any) -> Trainer:
+    args = TrainingArguments(
+        str(folder),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=0.05,
+        save_strategy="steps",
+        save_steps=2,
+        disable_tqdm=True,
+        use_cpu=True,
+        report_to="none",
+        **settings,
+    )
+    samples = [{"pixel_values": pixels, "labels": i % 5} for i, pixels in enumerate(pictures(20))]
+    model = HfViTForImageClassification.from_pretrained(source)
+    return Trainer(model=model, args=args, train_dataset=samples, eval_dataset=samples[:8])  # ty: ignore[invalid-argument-type]
+
+
+def test_a_resumed_training_of_a_stock_folder_restores_every_tensor(stock_folder, tmp_path):
+    whole = stock_trainer(stock_folder, tmp_path / "out")
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    resumed = stock_trainer(stock_folder, tmp_path / "resumed")
+    before = {name: value.clone() for name, value in resumed.model.state_dict().items()}
+    resumed._load_from_checkpoint(str(checkpoint))
+    assert_equal_tensors(resumed.model.state_dict(), load_file(checkpoint / "model.safetensors"))
+    unchanged = [name for name, value in resumed.model.state_dict().items() if torch.equal(value, before[name])]
+    assert unchanged == []  # every one of them was trained, and every one restored
+    resumed = stock_trainer(stock_folder, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_equal_tensors(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_the_best_checkpoint_of_a_stock_folder_comes_back_whole(stock_folder, tmp_path):
+    worst_is_best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    trainer = stock_trainer(stock_folder, tmp_path / "out", eval_strategy="steps", eval_steps=2, **worst_is_best)
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint))
+    assert best.name != "checkpoint-6"
+    assert_equal_tensors(trainer.model.state_dict(), load_file(best / "model.safetensors"))
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+# -- PEFT
+
+
+asks_by_an_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT does
+
+
+@asks_by_an_old_name
+def test_lora_on_query_and_value_trains_merges_saves_and_loads(tmp_path):
+    classifier().save_pretrained(tmp_path / "base")
+    base = HfViTForImageClassification.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        at_first = base(pictures()).logits
+    settings = peft.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(base, settings)
+    trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len([name for name in trainable if "lora_" in name]) == 2 * 2 * SIZES["num_hidden_layers"]
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(pixel_values=pictures(), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        trained = adapted(pixel_values=pictures()).logits
+    assert (trained - at_first).abs().max() > 1e-2
+    again = peft.PeftModel.from_pretrained(
+        HfViTForImageClassification.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
+    )
+    with torch.no_grad():
+        assert torch.equal(again(pixel_values=pictures()).logits, trained)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(pictures()).logits, trained, atol=1e-5, rtol=0)
+        merged.save_pretrained(tmp_path / "merged")
+        loaded = HfViTForImageClassification.from_pretrained(tmp_path / "merged")
+        assert torch.equal(loaded(pictures()).logits, merged(pictures()).logits)
+
+
+@asks_by_an_old_name
+def test_a_folder_with_an_adapter_opens_with_it(tmp_path):
+    classifier().save_pretrained(tmp_path / "base")
+    base = HfViTForImageClassification.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = HfViTForImageClassification.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pictures()).logits, adapted(pixel_values=pictures()).logits)
+
+
+# -- quantisers
+
+
+def test_quantisers_leave_the_head_and_take_every_other_matrix():
+    model = classifier()
+    kept = HfQuantizer.get_modules_to_not_convert(model)
+    matrices = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    converted = {name for name in matrices if should_convert_module(f"{name}.weight", kept)}
+    assert matrices - converted == {"classifier"}
+
+
+class Quantised(torch.Tensor):
+    """Whole numbers and a scale that look like one tensor, on which nothing can be computed."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+
+def test_a_quantised_tensor_is_finite_if_its_scale_is():
+    numbers = torch.ones(2, 2, dtype=torch.int8)
+    assert is_finite(Quantised(numbers, torch.ones(2)))
+    assert not is_finite(Quantised(numbers, torch.tensor([1.0, float("nan")])))
+
+
+# -- as a part of another model
+
+
+def backbone_config(**fields):
+    return HfViTConfig(**{**SIZES, "out_indices": [1, 2, 3, 4], **fields})
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 64)])
+def test_upernet_segments_with_our_backbone_and_saves_it(tmp_path, shape):
+    settings = {"hidden_size": 16, "pool_scales": [1, 2], "auxiliary_in_channels": 32, "auxiliary_channels": 16}
+    config = UperNetConfig(backbone_config=backbone_config(), num_labels=3, **settings)
+    model = UperNetForSemanticSegmentation(config).train()
+    labels = torch.zeros(2, *shape, dtype=torch.long)
+    output = model(pictures(2, *shape), labels=labels)
+    assert output.logits.shape == (2, 3, *shape)
+    output.loss.backward()
+    assert [name for name, p in model.backbone.named_parameters() if p.grad is None] == []
+    model.eval().save_pretrained(tmp_path)
+    loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+    assert_equal_tensors(loaded.state_dict(), model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded(pictures(2, *shape)).logits, model(pictures(2, *shape)).logits)
+
+
+def test_dpt_estimates_depth_with_our_backbone(tmp_path):
+    config = DPTConfig(
+        backbone_config=backbone_config(reshape_hidden_states=False),
+        is_hybrid=False,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5],
+        hidden_size=32,
+        image_size=32,
+        patch_size=8,
+    )
+    model = DPTForDepthEstimation(config).train()
+    depth = model(pictures()).predicted_depth
+    assert depth.shape == (2, 64, 64)
+    depth.mean().backward()
+    unused = [name for name, p in model.backbone.named_parameters() if p.grad is None]
+    assert unused == []
+    model.eval().save_pretrained(tmp_path)
+    loaded = DPTForDepthEstimation.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(pictures()).predicted_depth, model(pictures()).predicted_depth)
+
+
+# -- in parts
+
+
+def whole(value):
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def compare_on_two_ranks(rank, folder, port):
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    labels = torch.tensor([0, 1, 2, 3])
+    for source in (folder / "own", folder / "transformers", folder / "timm", folder / "hybrid"):
+        expected: Any = HfViTForImageClassification.from_pretrained(source).train()
+        out = expected(pictures(4), labels=labels)
+        out.loss.backward()
+        for kind, parts in {"tp": DistributedConfig(tp_size=2), "fsdp": DistributedConfig(fsdp_size=2)}.items():
+            model: Any = HfViTForImageClassification.from_pretrained(source, distributed_config=parts).train()
+            weight = model.vit.encoder.layer[0].attn.query.weight
+            assert weight.to_local().shape != weight.shape
+            assert_equal_tensors({k: whole(v) for k, v in model.state_dict().items()}, expected.state_dict())
+            mine = slice(None) if kind == "tp" else slice(2 * rank, 2 * rank + 2)
+            ours = model(pictures(4)[mine], labels=labels[mine])
+            torch.testing.assert_close(ours.logits, out.logits[mine], atol=1e-6, rtol=0)
+            ours.loss.backward()
+            gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+            for name, parameter in expected.named_parameters():
+                torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=0, msg=name)
+            saved = folder / f"{source.name}-{kind}"
+            model.save_pretrained(saved)
+            torch.distributed.barrier()
+            again = HfViTForImageClassification.from_pretrained(saved)
+            assert_equal_tensors(again.state_dict(), expected.state_dict())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_learn_and_save_what_one_does(tmp_path):
+    model = classifier(layer_norm_eps=1e-6, hidden_act="gelu")
+    model.save_pretrained(tmp_path / "own")
+    export_transformers(model, tmp_path / "transformers")
+    export_timm(model, tmp_path / "timm")
+    stem = {"resnet_layers": [], "resnet_width_factor": 0.5, "patch_size": 2}
+    classifier(pooling="map", **stem).save_pretrained(tmp_path / "hybrid")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(compare_on_two_ranks, args=(tmp_path, port), nprocs=2)
