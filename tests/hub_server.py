@@ -234,6 +234,7 @@ class HubServer:
         impatient = SimpleNamespace(sleep=lambda seconds: None)  # between the client's retries
         for module in ("utils._http", "file_download"):
             monkeypatch.setattr(f"huggingface_hub.{module}.time", impatient)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # which keeps the address that it was made with
         monkeypatch.setenv("NO_PROXY", "*")
 
     def take_fault(self, method: str, path: str) -> Fault | None:

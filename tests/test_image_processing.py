@@ -206,6 +206,25 @@ def test_the_file_of_another_model_is_refused(tmp_path):
         HfViTImageProcessor.from_pretrained(tmp_path)
 
 
+@BACKENDS
+@pytest.mark.parametrize(
+    ("name", "protocol", "size"), [("vit_p16_tok_rep", "vit_jax", (64, 64)), ("bv_gap_bf16", "big_vision", (64, 64))]
+)
+def test_an_original_checkpoint_has_the_protocol_of_its_code(processor_class, name, protocol, size, photo):
+    source = Path(__file__).parent / "goldens" / f"{name}.npz"
+    for processor in (processor_class.from_pretrained(source), processor_class.from_pretrained(str(source))):
+        assert type(processor) is processor_class
+        assert processor.protocol == protocol
+        assert processor(photo, return_tensors="pt").pixel_values.shape[2:] == size
+    assert not processor_class.from_pretrained(source, do_normalize=False).do_normalize
+
+
+def test_weights_of_pytorch_code_have_no_processor_of_their_own(tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"\x80\xfe")
+    with pytest.raises(OSError, match=r"weights alone have no image processor; make one with .*for_model"):
+        HfViTImageProcessor.from_pretrained(tmp_path / "model.pth")
+
+
 def test_a_folder_without_a_processor_is_said_so(tmp_path):
     with pytest.raises(OSError, match="Can't load image processor"):
         HfViTImageProcessor.from_pretrained(tmp_path)

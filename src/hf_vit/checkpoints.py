@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from logging import Filter, LogRecord
@@ -25,8 +24,8 @@ from .atomic import atomic_folder
 from .configuration_hf_vit import HfViTConfig
 from .containers import CheckpointError
 from .foreign import UNFIT, Checkpoint, is_finite, listing, two_lists, updated
-from .hub_cache import verify_download
-from .jax_checkpoints import open_jax_checkpoint, write_jax_checkpoint
+from .hub_cache import verify_download, verify_snapshot
+from .jax_checkpoints import local_checkpoint, open_jax_checkpoint, write_jax_checkpoint
 from .labels import head_kind, id2label, problem_type
 from .layouts import own_shapes
 from .modeling_hf_vit import (
@@ -136,7 +135,7 @@ def convert_jax_checkpoint(
     Raises:
         CheckpointError: if the file is defective; nothing is written then.
     """
-    path = _local_checkpoint(source)
+    path = local_checkpoint(source)
     if path is None:
         raise CheckpointError(f"{source}: expected a checkpoint file of the JAX code, got a folder or nothing")
     with open_jax_checkpoint(path, **updated(overrides, image_size=image_size)) as checkpoint:
@@ -197,12 +196,12 @@ def _foreign(cls: type[HfViTPreTrainedModel], source: str | Path, kwargs: dict[s
     if path.is_file() and path.suffix in SUFFIXES:
         return functools.partial(_open_torch, cls, [path], None, preset=preset)
     hub = _hub_arguments(kwargs)
-    jax = _local_checkpoint(source, hub)
+    jax = local_checkpoint(source, hub)
     if jax is not None:
         return functools.partial(open_jax_checkpoint, jax)
     stored = _stored_config(source, hub)
     if stored is None:
-        weights = find_weights(source, hub) if path.is_dir() else []
+        weights = find_weights(source, hub)
         if not weights or (path / "adapter_config.json").is_file():
             return None  # transformers follows an adapter to its base, or says what is missing
         return functools.partial(_open_torch, cls, weights, None, preset=preset)
@@ -216,6 +215,8 @@ def _foreign(cls: type[HfViTPreTrainedModel], source: str | Path, kwargs: dict[s
     weights = find_weights(source, hub)
     if not weights:
         raise CheckpointError(f"{source}: has a config.json but no weights (model.safetensors)")
+    if not path.is_dir():
+        verify_snapshot(weights[0].parent)
     given = kwargs.get("config")
     if isinstance(given, PreTrainedConfig) and given.model_type == kind:
         stored = {**stored, **kwargs.pop("config").to_dict()}
@@ -228,23 +229,6 @@ def _open_torch(
     if not issubclass(cls, HfViTModel):  # in transformers no head sees what the pooler makes
         overrides.setdefault("representation_size", None)
     return open_torch_checkpoint(paths, stored, **overrides)
-
-
-def _local_checkpoint(source: str | Path, hub: dict[str, Any] | None = None) -> Path | None:
-    """The file of the JAX code that `source` names, fetched where it has to be; None for a folder or a Hub id."""
-    path, hub = Path(source), hub or {}
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return None
-    from .catalogue import is_published  # the network's modules are for those who fetch
-    from .download import fetch
-
-    if re.match(r"(gs|https?)://", str(source)) or is_published(str(source)):
-        return fetch(str(source), cache_dir=hub.get("cache_dir"), offline=hub.get("local_files_only") or None)
-    if path.suffix == ".npz" or re.fullmatch(r"checkpoint_\d+", path.name):
-        raise FileNotFoundError(f"no file {path}: expected an original checkpoint")
-    return None
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +246,7 @@ def _stored_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | 
         raise CheckpointError(f"{source}: config.json is no object of JSON: {error!r}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{source}: config.json is no object of JSON, but a {type(stored).__name__}")
-    return stored
+    return stored if stored or local.is_file() else None
 
 
 # -- foreign layouts
@@ -295,7 +279,8 @@ def _load_foreign(cls: type[HfViTPreTrainedModel], opener: Opener, label: str, *
         state = {_our_name(entry.name, wrapped=is_wrapped): entry.read().to(checkpoint.dtype) for entry in used}
         kwargs["dtype"] = checkpoint.dtype if dtype == "auto" else dtype
     model = _load_strictly(cls, None, label, allow_new_head=True, config=config, state_dict=state, **kwargs)
-    (model[0] if isinstance(model, tuple) else model).config._name_or_path = label
+    loaded = model[0] if isinstance(model, tuple) else model
+    loaded.name_or_path = loaded.config.name_or_path = label
     return model
 
 

@@ -18,6 +18,7 @@ Letters: B pictures, C channels, H x W pixels before and h x w after resizing.
 """
 
 from functools import lru_cache
+from importlib import import_module
 from math import floor
 from os import PathLike, fspath
 from os.path import isfile
@@ -44,6 +45,8 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 # Each protocol is a delta of the class attributes of `HfViTImageProcessor`, which are those of `vit_jax`.
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -368,6 +371,15 @@ def _from_timm(pretrained: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_original_checkpoint(source: str | PathLike, **where) -> dict[str, Any] | None:
+    """Returns the fields for an `.npz` file and its like; None for a folder or a Hub id, or without the package."""
+    try:
+        processors = import_module("hf_vit.processors")
+    except ModuleNotFoundError:
+        return None
+    return processors.fields_of_checkpoint(source, **where)
+
+
 # --- the processors ---
 
 
@@ -426,10 +438,16 @@ class _Protocols(BaseImageProcessor):
     def get_image_processor_dict(cls, pretrained_model_name_or_path: str | PathLike, **kwargs):
         """Returns our fields and the unused keywords, from our file, a stock ViT's or DeiT's, or timm's `config.json`.
 
+        An original checkpoint (`.npz`) has the protocol of its code, at the size of its model.
+
         Raises:
             OSError: if there is neither a `preprocessor_config.json` nor a timm `config.json`.
             ValueError: if the file is another model's.
         """
+        where = {name: kwargs.get(name) for name in ("cache_dir", "local_files_only")}
+        found = _of_original_checkpoint(pretrained_model_name_or_path, **where)
+        if found is not None:
+            return found, {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
         load = super().get_image_processor_dict
         try:
             fields, unused = load(pretrained_model_name_or_path, **kwargs)

@@ -7,6 +7,7 @@ tell is decided here, once, and written in the configuration.
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ _COMPANIONS = {
 _TOWER_COMPANIONS = ("txt/", "t", "b")
 _POSITIONS = (VIT_JAX_POSITIONS, OLD_BIG_VISION_POSITIONS, BIG_VISION_POSITIONS)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def local_checkpoint(source: str | Path, hub: dict[str, Any] | None = None) -> Path | None:
+    """The file of the JAX code that `source` names, fetched where it has to be; None for a folder or a Hub id."""
+    path, hub = Path(source), hub or {}
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return None
+    from .catalogue import is_published  # the network's modules are for those who fetch
+    from .download import fetch
+
+    if re.match(r"(gs|https?)://", str(source)) or is_published(str(source)):
+        return fetch(str(source), cache_dir=hub.get("cache_dir"), offline=hub.get("local_files_only") or None)
+    if path.suffix == ".npz" or re.fullmatch(r"checkpoint_\d+", path.name):
+        raise FileNotFoundError(f"no file {path}: expected an original checkpoint")
+    return None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 from transformers.utils import logging
 
 from .image_processing_hf_vit import HfViTImageProcessor
+from .jax_checkpoints import local_checkpoint, open_jax_checkpoint
+from .torch_files import SUFFIXES
 
 
 logger = logging.get_logger(__name__)
@@ -25,15 +27,36 @@ def processor_of(
     """
     size = config.image_size if image_size is None else image_size
     found = None
-    if Path(source).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if Path(source).is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).is_file()):
         try:
             found = HfViTImageProcessor.from_pretrained(source)
         except OSError as error:
             logger.warning("%s has no image processor, taking the reference's (%s)", source, str(error).split("\n")[0])
-    if found is None:
-        protocol = "big_vision" if (config.checkpoint_layout or {}).get("dialect") == "big_vision" else "vit_jax"
-        found = HfViTImageProcessor.for_model(config, protocol=protocol)
-    return at_size(found, size)
+    return at_size(found or _of_code_base(config), size)
+
+
+def fields_of_checkpoint(source: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """Return what the image processor of an original checkpoint is made of; None where `source` is no such file.
+
+    Args:
+        source: What `from_pretrained` of a model takes.
+        hub: `cache_dir` and `local_files_only`, as `from_pretrained` takes them.
+    """
+    path = local_checkpoint(source, hub)
+    if path is None or path.suffix == ".json":
+        return None
+    if path.suffix in SUFFIXES:
+        raise OSError(
+            f"{source}: weights alone have no image processor; make one with "
+            "HfViTImageProcessor.for_model(model.config)"
+        )
+    with open_jax_checkpoint(path) as checkpoint:
+        return _of_code_base(checkpoint.config).to_dict()
+
+
+def _of_code_base(config: Any) -> HfViTImageProcessor:
+    protocol = "big_vision" if (config.checkpoint_layout or {}).get("dialect") == "big_vision" else "vit_jax"
+    return HfViTImageProcessor.for_model(config, protocol=protocol)
 
 
 def at_size(processor: HfViTImageProcessor, image_size: int | Sequence[int]) -> HfViTImageProcessor:
