@@ -206,7 +206,12 @@ def backbone_config(**fields):
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 64)])
 def test_upernet_segments_with_our_backbone_and_saves_it(tmp_path, shape):
-    settings: dict[str, Any] = {"hidden_size": 16, "pool_scales": [1, 2], "auxiliary_in_channels": 32, "auxiliary_channels": 16}
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "pool_scales": [1, 2],
+        "auxiliary_in_channels": 32,
+        "auxiliary_channels": 16,
+    }
     config = UperNetConfig(backbone_config=backbone_config(), num_labels=3, **settings)
     model = UperNetForSemanticSegmentation(config).train()
     labels = torch.zeros(2, *shape, dtype=torch.long)

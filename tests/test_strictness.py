@@ -2,11 +2,15 @@
 
 import json
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTModel
@@ -188,6 +192,23 @@ HOSTILE = [
     {"qkv_bias": "yes"},
     {"id2label": 5},
 ]
+HOSTILE_TIMM = [
+    {"depth": 1_000_000},
+    {"depth": "2"},
+    {"num_heads": 5},
+    {"num_heads": 0},
+    {"embed_dim": 10**9},
+    {"mlp_ratio": 1e9},
+    {"mlp_ratio": "wide"},
+    {"patch_size": 0},
+    {"img_size": 10**9},
+    {"img_size": [32, 32, 32]},
+    {"img_size": 64},
+    {"in_chans": 1},
+    {"num_classes": 10**9},
+    {"class_token": False},
+    {"global_pool": []},
+]
 
 
 @pytest.mark.parametrize("fields", HOSTILE, ids=str)
@@ -202,6 +223,81 @@ def test_a_configuration_that_no_model_has_is_refused_with_the_name_of_the_file(
     with pytest.raises(CheckpointError) as error:
         HfViTForImageClassification.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("fields", HOSTILE_TIMM, ids=str)
+def test_arguments_of_timm_that_are_not_those_of_the_weights_are_refused(tmp_path, fields):
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", **sizes), tmp_path, safe_serialization=True)
+    HfViTForImageClassification.from_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["model_args"].update(fields)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError) as error:
+        HfViTForImageClassification.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_pictures_that_are_not_those_of_the_positions_are_refused(tmp_path):
+    randomised(ViTForImageClassification(ViTConfig(**TINY))).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "image_size": 64}))
+    with pytest.raises(
+        CheckpointError, match=r"says pictures of 64 pixels, but .*position_embeddings is for 16 patches"
+    ):
+        HfViTForImageClassification.from_pretrained(tmp_path)
+
+
+MEASURE = """
+import json, resource, sys, time
+from pathlib import Path
+import hf_vit.checkpoints
+from hf_vit import HfViTForImageClassification
+
+folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+stored = json.loads((folder / "config.json").read_text())
+costs = []
+for fields in [*cases, None]:
+    (folder / "config.json").write_text(json.dumps({**stored, **(fields or {})}))
+    if fields is None:
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        index = {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        HfViTForImageClassification.from_pretrained(folder)
+    except ValueError as error:
+        name = type(error).__name__
+    else:
+        name = "loaded"
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    costs.append([name, time.process_time() - begin, used * 1024])
+print(json.dumps(costs))
+"""
+COSTLY = [
+    {"num_hidden_layers": 1_000_000},
+    {"layer_norm_eps": -1.0},
+    {"num_attention_heads": 5},
+    {"patch_size": 0},
+    {"image_size": 8_000},
+    {"hidden_size": 10**9},
+    {"hidden_size": 16_384, "num_hidden_layers": 20, "intermediate_size": 65_536},
+]
+
+
+@pytest.mark.parametrize("kind", ["own", "transformers"])
+def test_an_impossible_folder_is_refused_within_a_second_and_without_memory(tmp_path, kind):
+    cases = [*COSTLY, *([{"num_labels": 10**9, "id2label": None}] if kind == "own" else [])]
+    model = HfViTForImageClassification(HfViTConfig(**TINY))
+    (model if kind == "own" else ViTForImageClassification(ViTConfig(**TINY))).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", MEASURE, tmp_path / "model", json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    costs = json.loads(run.stdout.splitlines()[-1])
+    assert len(costs) == len(cases) + 1
+    for fields, (error, seconds, growth) in zip([*cases, "a shard outside"], costs, strict=True):
+        assert error == "CheckpointError", fields
+        assert seconds < 1, fields  # of this process alone; the largest was 0.01
+        assert growth < 50_000_000, fields
 
 
 @pytest.mark.parametrize(

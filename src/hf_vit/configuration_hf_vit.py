@@ -44,6 +44,7 @@ POSITION_EMBEDDING_TYPES = ("learned", "sincos2d")
 POSITION_RESAMPLINGS = ("jax", "jax_corrected", "big_vision", "bicubic", "bicubic_antialias")
 
 _MAX_LAYERS, _MAX_WIDTH, _MAX_TOKENS, _MAX_PARAMETERS = 1_000, 131_072, 2**20, 10**11
+_MAX_LABELS = 1_000_000
 
 
 @strict
@@ -143,6 +144,8 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         self.validate_architecture()  # before the stage names count the layers
+        if isinstance(kwargs.get("num_labels"), int):  # before each class gets a name
+            _in_range("num_labels", kwargs["num_labels"], 0, _MAX_LABELS)
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)

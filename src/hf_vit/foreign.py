@@ -157,7 +157,7 @@ def is_finite(value: torch.Tensor) -> bool:
     try:
         total = value.sum(dtype=torch.float32 if value.dtype != torch.float64 else None)
     except NotImplementedError:  # a quantised tensor: whole numbers, their scales, ...
-        names, _ = value.__tensor_flatten__()
+        names, _ = value.__tensor_flatten__()  # ty: ignore[missing-attribute]
         return all(is_finite(getattr(value, name)) for name in names)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
 

@@ -377,7 +377,7 @@ def _of_original_checkpoint(source: str | PathLike, **where) -> dict[str, Any] |
         processors = import_module("hf_vit.processors")
     except ModuleNotFoundError:
         return None
-    return processors.fields_of_checkpoint(source, **where)
+    return processors.fields_of_checkpoint(fspath(source), **where)
 
 
 # --- the processors ---

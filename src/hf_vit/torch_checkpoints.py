@@ -174,14 +174,16 @@ def _fields(
     bare = {name.removeprefix(prefix): shape for name, shape in names.items()}
     sizes = _sizes(layout, prefix, names, bare)
     told: dict[str, Any] = {}
-    candidates: list[Any] = [overrides.get("image_size")]
+    announced: Any = None  # pixels that config.json says, and that the table must be for
+    pretrained: Any = None  # pixels that the weights were trained for, perhaps under another table
     if layout == "timm":
         fields: dict[str, Any] = {**TIMM_NUMERICS, **sizes}
         if stored is not None:
             fields.update(_timm_fields(stored, sizes["use_cls_token"]))
             told = stored.get("model_args") or {}
-            pretrained = stored.get("pretrained_cfg", stored)
-            candidates += [told.get("img_size"), (pretrained.get("input_size") or (0, None))[1:]]
+            _check_told(told, stored, sizes, bare)
+            announced = told.get("img_size")
+            pretrained = (stored.get("pretrained_cfg", stored).get("input_size") or (0, None))[1:]
     elif layout == "seed":
         if any("hybrid_model" in name for name in names):
             raise CheckpointError(
@@ -191,21 +193,39 @@ def _fields(
         fields = {**_SEED_NUMERICS, **sizes}
     else:
         fields = {**_STOCK_DEFAULTS, **_STOCK_NUMERICS, **sizes, **_stock_fields(stored or {}, bare, overrides)}
-        candidates.append(fields.pop("image_size", None))
+        announced = fields.pop("image_size", None)
     if stored is None:
         fields["num_attention_heads"] = _heads(sizes, preset, overrides)
     table = next((name for name in _TABLES if name in bare), None)
     if table is None:
         raise CheckpointError(f"has no table of positions ({', '.join(_TABLES)})")
-    rows = shape_of(bare, table, 3)[1]
+    rows, asked = shape_of(bare, table, 3)[1], overrides.get("image_size")
     has_class_row = sizes["use_cls_token"] and not told.get("no_embed_class")
     if layout == "timm" and stored is None and has_class_row:  # a square without it, and no square with it
-        has_class_row = math.isqrt(rows) ** 2 != rows or patches_of(fields, candidates[0] or 224) == rows - 1
-    candidates = [size if not size or isinstance(size, int) else tuple(size) for size in candidates]
-    fields["image_size"] = image_size_of(
-        table, rows - int(has_class_row), fields, [size for size in candidates if size]
-    )
+        has_class_row = math.isqrt(rows) ** 2 != rows or patches_of(fields, asked or 224) == rows - 1
+    patches = rows - int(has_class_row)
+    announced: Any = tuple(announced) if isinstance(announced, list) else announced
+    if announced is not None and patches_of(fields, announced) != patches:
+        raise CheckpointError(f"config.json says pictures of {announced} pixels, but {table} is for {patches} patches")
+    candidates: list[Any] = [
+        tuple(size) if isinstance(size, list) else size for size in (asked, announced, pretrained) if size
+    ]
+    fields["image_size"] = image_size_of(table, patches, fields, candidates)
     return fields, has_class_row
+
+
+def _check_told(told: dict[str, Any], stored: dict[str, Any], sizes: dict[str, Any], bare: Shapes) -> None:
+    """Refuse arguments of a model of timm's that are not those of the weights."""
+    fields = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "in_chans": "num_channels"}
+    fields |= {"patch_size": "patch_size", "qkv_bias": "qkv_bias", "class_token": "use_cls_token"}
+    found = {name: sizes[field] for name, field in fields.items()}
+    found["num_classes"] = shape_of(bare, "head.weight", 2)[0] if "head.weight" in bare else 0
+    for name, value in [("num_classes", stored.get("num_classes")), *told.items()]:
+        if name in found and value is not None and value not in (found[name], [found[name], found[name]]):
+            raise CheckpointError(f"config.json says {name}={value!r}, but the weights have {found[name]}")
+    ratio, width = told.get("mlp_ratio"), sizes["intermediate_size"]
+    if ratio is not None and int(sizes["hidden_size"] * ratio) != width:
+        raise CheckpointError(f"config.json says mlp_ratio={ratio!r}, but the weights have {width} units in an MLP")
 
 
 def _sizes(layout: str, prefix: str, names: Shapes, bare: Shapes) -> dict[str, Any]:
