@@ -408,6 +408,25 @@ def test_a_new_head_is_made_when_asked_for_and_said(tmp_path, caplog):
     assert not other.classifier.weight.any()
 
 
+def test_the_layer_before_the_head_is_dropped_when_asked_for(tmp_path, caplog):
+    model = randomised(HfViTForImageClassification(tiny(representation_size=16)))
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        logger = logging.getLogger("transformers")
+        logger.propagate = True
+        without = HfViTForImageClassification.from_pretrained(tmp_path, representation_size=None)
+        logger.propagate = False
+    assert without.config.representation_size is None
+    assert without.vit.pre_logits is None
+    assert without.classifier.weight.shape == (5, 24)
+    assert "not read: -vit.pre_logits.bias, -vit.pre_logits.weight" in caplog.text
+    assert "made new, because the checkpoint has none that fits: +classifier.weight" in caplog.text
+    base = HfViTModel.from_pretrained(tmp_path, representation_size=None)
+    assert torch.equal(base.encoder.encoder_norm.weight, model.vit.encoder.encoder_norm.weight)
+    without.save_pretrained(tmp_path / "without")
+    assert HfViTModel.from_pretrained(tmp_path / "without").pre_logits is None
+
+
 def test_the_base_model_of_a_classifier_loads_alone(tmp_path):
     model = randomised(HfViTForImageClassification(tiny()))
     model.save_pretrained(tmp_path)

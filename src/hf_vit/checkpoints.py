@@ -292,19 +292,22 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: 
     hub, wanted, config = _hub_arguments(kwargs), kwargs.pop("image_size", None), kwargs.get("config")
     asked = config is not None or any(name in kwargs for name in ("num_labels", "id2label"))
     asked = asked or kwargs.get("ignore_mismatched_sizes", False)
+    left_out: tuple[str, ...] = ()
     stored = _stored_config(source, hub)
     if stored is not None:
         if asked and config is None and _has_other_classes(stored, kwargs):
             kwargs.setdefault("problem_type", None)  # it was said of the head that goes
+        if stored.get("representation_size") is not None and kwargs.get("representation_size", 0) is None:
+            asked, left_out = True, ("pre_logits.",)  # the head was for what this layer gives
         own = _checked_config(
             source, stored, config, {name: kwargs[name] for name in kwargs if name in _CONFIG_FIELDS - {*_LABELS}}
         )
         unchecked = ("gguf_file", "variant", "output_loading_info")
         if not (stored.get("quantization_config") or any(kwargs.get(name) for name in unchecked)):
-            _check_headers(cls, source, own, hub, allow_new_head=asked)
+            _check_headers(cls, source, own, hub, allow_new_head=asked, left_out=left_out)
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
-    result = _load_strictly(cls, source, str(source), *model_args, allow_new_head=asked, **kwargs)
+    result = _load_strictly(cls, source, str(source), *model_args, allow_new_head=asked, left_out=left_out, **kwargs)
     if not Path(source).is_dir():
         verify_download(source, **{name: hub[name] for name in ("cache_dir", "revision", "subfolder") if name in hub})
     if wanted is not None:
@@ -347,6 +350,7 @@ def _check_headers(
     hub: dict[str, Any],
     *,
     allow_new_head: bool,
+    left_out: tuple[str, ...],
 ) -> None:
     """Compare the names, shapes and dtypes in the files with those of the model before anything is allocated."""
     paths = find_weights(source, hub)
@@ -356,7 +360,8 @@ def _check_headers(
         found = {name.removeprefix("vit."): shape for name, shape in tensors.shapes.items()}
     expected = own_shapes(config, config.num_labels or 0, has_mask_token=True, has_decoder=True)
     needed = {name for name in expected if _has_place_for(cls, name) and not _is_new(name)}
-    missing, extra = sorted(needed - set(found)), sorted(set(found) - set(expected))
+    missing = sorted(needed - set(found))
+    extra = sorted(name for name in set(found) - set(expected) if not name.startswith(left_out))
     if not config.num_labels:
         extra = [name for name in extra if not name.startswith("classifier.")]
     bad = [
@@ -376,9 +381,17 @@ def _check_headers(
 
 
 def _load_strictly(
-    cls: type[HfViTPreTrainedModel], source, label: str, *model_args: Any, allow_new_head: bool, **kwargs: Any
+    cls: type[HfViTPreTrainedModel],
+    source,
+    label: str,
+    *model_args: Any,
+    allow_new_head: bool,
+    left_out: tuple[str, ...] = (),
+    **kwargs: Any,
 ):
     """transformers' own loading, then a check that nothing is missing, left over, mis-shaped or not finite.
+
+    What begins with one of `left_out` is not wanted from the file.
 
     Who asks for the lists (`output_loading_info=True`) gets them, and nothing is raised.
     """
@@ -396,7 +409,8 @@ def _load_strictly(
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     lost = [name for name in mismatched if not (allow_new_head and _is_new(name))]
     missing = sorted(name for name in info["missing_keys"] if name not in mismatched and not _is_new(name))
-    extra = sorted(name for name in info["unexpected_keys"] if _has_place_for(cls, name.removeprefix("vit.")))
+    bare = {name: name.removeprefix("vit.") for name in info["unexpected_keys"]}
+    extra = sorted(name for name in bare if _has_place_for(cls, bare[name]) and not bare[name].startswith(left_out))
     if missing or extra or lost:
         shapes = [
             f"{name}: file {tuple(theirs)}, model {tuple(ours)}" for name, theirs, ours in info["mismatched_keys"]
@@ -406,6 +420,9 @@ def _load_strictly(
     bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and not is_finite(value)]
     if bad:
         raise CheckpointError(f"{label}: {listing('tensors with NaN or Inf', bad, '!')}")
+    unread = sorted(name for name in bare if bare[name].startswith(left_out))
+    if unread:
+        logger.warning(listing(f"{label}: not read", unread, "-"))
     new = sorted({name for name in [*info["missing_keys"], *mismatched] if _is_new(name)})
     if new:
         logger.warning(listing(f"{label}: made new, because the checkpoint has none that fits", new, "+"))
