@@ -281,12 +281,49 @@ def test_weights_of_an_earlier_push_do_not_outlive_it(hub):
     assert {name for name in hub.files("me/model") if "safetensors" in name} == sharded
 
 
-def test_a_card_written_by_hand_survives_the_next_push_of_the_model(hub):
+@pytest.mark.parametrize("more", ["", "tags: [mine]\npipeline_tag: text-generation\n"])
+def test_a_card_written_by_hand_keeps_its_words_and_gets_the_metadata_that_it_needs(hub, more):
     push(small(), "me/model")
-    card = b"---\nlicense: mit\n---\nmy words\n"
+    card = f"---\nlicense: mit\n{more}---\nmy words\r\nand **more**\n".encode()
     huggingface_hub.HfApi().upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="me/model")
-    push(small(num_labels=7), "me/model")
-    assert hub.files("me/model")["README.md"] == card
+    push(small(num_labels=7), "me/model", tags="seven")
+    kept = ModelCard(hub.files("me/model")["README.md"].decode())
+    assert kept.text.strip().splitlines() == ["my words", "and **more**"]
+    assert kept.data.to_dict() == {
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": [*(["mine"] if more else []), "vision-transformer", "hf_vit", "seven"],
+    }
+    before = hub.files("me/model")["README.md"]
+    push(small(num_labels=8), "me/model", tags="seven")
+    assert hub.files("me/model")["README.md"] == before
+
+
+def test_the_card_of_another_program_in_a_folder_gets_the_metadata_that_it_needs(tmp_path):
+    small(HfViTModel).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nmodel-index: [{name: x}]\n---\n# Trained\n")
+    push(tmp_path, "me/model", dry_run=True)
+    text = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction\n" in text
+    assert "model-index:\n- name: x\n" in text
+    assert text.endswith("---\n# Trained\n")
+    (tmp_path / "README.md").write_text("---\n[\n---\n")
+    with pytest.raises(ValueError, match="its metadata are no YAML"):
+        push(tmp_path, "me/model", dry_run=True)
+
+
+def test_the_conversion_command_pushes_what_it_has_written(hub, tmp_path):
+    root = Path(__file__).parents[1]
+    command = [root / "conversion" / "jax_to_safetensors.py", root / "tests" / "goldens" / "vit_p16_tok_rep.npz"]
+    command += [tmp_path / "model", "--push_to_hub", "me/vit"]
+    environment = hub.environment(tmp_path / "home", token="hf_me")
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert set(hub.files("me/vit")) == EVERYTHING | {".gitattributes", "parity.json"}
+    pulled = HfViTForImageClassification.from_pretrained("me/vit")
+    original = HfViTForImageClassification.from_pretrained(root / "tests" / "goldens" / "vit_p16_tok_rep.npz")
+    assert all(torch.equal(*pair) for pair in zip(pulled.parameters(), original.parameters(), strict=True))
 
 
 def test_a_stranger_proposes_the_whole_push_as_a_pull_request(hub, monkeypatch):

@@ -25,11 +25,14 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
     get_token,
+    metadata_load,
+    metadata_save,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from .atomic import atomic_file
 from .configuration_hf_vit import HfViTConfig
@@ -61,6 +64,7 @@ AUTO_MAP = {
     **_PROCESSOR_MAP,
 }
 
+_TAGS = ("vision-transformer", "hf_vit")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # What an earlier push may have left and `from_pretrained` would prefer, or mix, with the new weights.
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -123,10 +127,10 @@ def write_model_card(
     data = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag="image-classification" if classifies else "image-feature-extraction",
+        pipeline_tag=_pipeline_tag(config),
         base_model=base_model,
         datasets=datasets,
-        tags=["vision-transformer", "hf_vit", *tags],
+        tags=[*_TAGS, *tags],
         model_name=name if results else None,
         eval_results=list(results) or None,
     )
@@ -154,6 +158,11 @@ def write_model_card(
     _write_eval_results(folder, results)
     _write(folder / "README.md", str(card))
     return folder / "README.md"
+
+
+def _pipeline_tag(config: HfViTConfig) -> str:
+    classifies = config.architectures == ["HfViTForImageClassification"]
+    return "image-classification" if classifies else "image-feature-extraction"
 
 
 def _write_eval_results(folder: Path, results: Sequence[EvalResult]) -> None:
@@ -253,6 +262,7 @@ def push(
     """Push a model with its image processor, code and card in one commit; running it again sends only what changed.
 
     A folder is completed in place and then is what is pushed, but for training's leftovers (checkpoints, pickles).
+    The text of a card that is in the folder, or of a model's repository, stays; its metadata are made to fit.
     Weight files of an earlier push that the new ones do not overwrite are deleted in the same commit.
 
     Args:
@@ -293,9 +303,13 @@ def push(
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             remote = set(api.list_repo_files(repo_id, revision=revision))
+            if given is None and "README.md" in remote:  # somebody's words, perhaps
+                card = api.hf_hub_download(repo_id, "README.md", revision=revision)
+                shutil.copyfile(card, folder / "README.md")
+                _complete_metadata(folder, tags)
             return api.create_commit(
                 repo_id,
-                _operations(folder, remote, keep_card=given is None),
+                _operations(folder, remote),
                 commit_message=commit_message or "Upload model, image processor, code and card",
                 commit_description=commit_description,
                 revision=revision,
@@ -321,7 +335,7 @@ def _token(token: str | bool | None) -> str:
 
 
 def _complete(folder: Path, repo_id: str, *, processor: Any, include_code: bool, tags: Sequence[str]) -> None:
-    """Add to a saved model what a repository has besides; a card that is there stays."""
+    """Add to a saved model what a repository has besides; the text of a card that is there stays."""
     _config_of(folder)
     if processor is not None:
         processor.save_pretrained(folder)
@@ -329,8 +343,27 @@ def _complete(folder: Path, repo_id: str, *, processor: Any, include_code: bool,
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     _set_auto_map(folder / "config.json", AUTO_MAP if include_code else None)
     _set_auto_map(folder / "preprocessor_config.json", _PROCESSOR_MAP if include_code else None)
-    if not (folder / "README.md").exists():
+    if (folder / "README.md").exists():
+        _complete_metadata(folder, tags)
+    else:
         write_model_card(folder, repo_id=repo_id, tags=tags)
+
+
+def _complete_metadata(folder: Path, tags: Sequence[str]) -> None:
+    """Put into a card that is there what the Hub must know to open the model; every other word stays."""
+    path = folder / "README.md"
+    try:
+        known = metadata_load(path) or {}
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"{path}: its metadata are no YAML between two lines of ---: {error}") from error
+    old = known.get("tags") or []
+    old = [old] if isinstance(old, str) else list(old)
+    new = {"library_name": "transformers", "pipeline_tag": _pipeline_tag(_config_of(folder))}
+    new["tags"] = [*old, *(tag for tag in (*_TAGS, *tags) if tag not in old)]
+    if known != known | new:
+        with atomic_file(path) as temporary:
+            shutil.copyfile(path, temporary)
+            metadata_save(temporary, known | new)
 
 
 def _set_auto_map(path: Path, auto_map: dict[str, Any] | None) -> None:
@@ -344,9 +377,7 @@ def _sends_code(folder: Path) -> bool:
     return "auto_map" in _json(folder / "config.json") and all((folder / name).is_file() for name in HUB_FILES)
 
 
-def _operations(
-    folder: Path, remote: set[str], *, keep_card: bool
-) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(folder: Path, remote: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Return what makes the repository the folder: its files, and the end of weights and code that it replaces."""
     code = set(HUB_FILES) if _sends_code(folder) else set()
     names = {
@@ -357,8 +388,6 @@ def _operations(
     names = {
         name for name in names if Path(name).suffix not in _PICKLES and (Path(name).suffix != ".py" or name in code)
     }
-    if keep_card:
-        names -= remote & {"README.md"}
     replaced = {name for name in remote if _WEIGHTS.fullmatch(name) or name in HUB_FILES} - names
     return [CommitOperationAdd(name, folder / name) for name in sorted(names)] + [
         CommitOperationDelete(name) for name in sorted(replaced)

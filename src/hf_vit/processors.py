@@ -26,8 +26,8 @@ def processor_of(
         image_size: Pixels of the pictures, one number or (height, width); by default what the model was made for.
     """
     size = config.image_size if image_size is None else image_size
-    found = None
-    if Path(source).is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).is_file()):
+    found, is_hub_id = None, re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).is_file()
+    if str(source) and (Path(source).is_dir() or is_hub_id):
         try:
             found = HfViTImageProcessor.from_pretrained(source)
         except OSError as error:
