@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,23 +85,58 @@ def assert_equal_weights(model, state):
 # -- one network in every layout
 
 
-def test_one_network_in_every_layout_loads_to_equal_weights(tmp_path):
+GAP: dict[str, Any] = {"pooling": "gap", "use_cls_token": False}
+TIMM_STEM: dict[str, Any] = {"resnet_layers": [], "patch_size": 2, "resnet_norm_eps": 1e-5, "resnet_conv_eps": 1e-8}
+
+
+def every_layout(model, folder, dialects):
+    """Writes a network in every layout that has a place for it; returns who computes with each, where somebody can."""
+    config, state = model.config, model.state_dict()
+    model.save_pretrained(folder / "own")
+    computes: dict[str, Any] = {"own": model}
+    export_timm(model, folder / "timm")
+    theirs = timm.create_model(f"local-dir:{folder / 'timm'}", pretrained=True).eval()
+    computes["timm"] = lambda x: SimpleNamespace(logits=theirs(x))
+    if config.pooling == "token" and config.resnet_layers is None:
+        export_transformers(model, folder / "transformers")
+        old = ViTForImageClassification.from_pretrained(folder / "transformers").eval()
+        old.save_pretrained(folder / "transformers_v5", save_original_format=False)
+        assert any(".q_proj." in name for name in load_file(folder / "transformers_v5" / "model.safetensors"))
+        computes |= {"transformers": old, "transformers_v5": old}
+    for dialect in dialects:
+        write_jax_checkpoint(state, config, folder / f"{dialect}.npz", dialect=dialect)
+        computes[f"{dialect}.npz"] = model
+    return computes
+
+
+@pytest.mark.parametrize(
+    ("fields", "dialects"),
+    [
+        ({}, ["linen", "prelinen"]),
+        (GAP, ["linen", "prelinen", "big_vision"]),
+        ({**TIMM_STEM, "resnet_conv_eps_in_root": True}, ["linen", "prelinen"]),
+    ],
+    ids=["token", "gap", "hybrid"],
+)
+def test_one_network_in_every_layout_comes_back_and_computes_what_each_library_does(tmp_path, fields, dialects):
+    model = randomised(HfViTForImageClassification(HfViTConfig(**{**STOCK, **fields})))
+    computes = every_layout(model, tmp_path, dialects)
+    numerics = {name: value for name, value in fields.items() if name.endswith(("eps", "root"))}
+    for source, theirs in computes.items():  # an original file does not tell its epsilons: the stem's are timm's here
+        told = numerics if source.endswith(".npz") else {}
+        loaded = HfViTForImageClassification.from_pretrained(tmp_path / source, **told)
+        assert_equal_weights(loaded, model.state_dict())
+        with torch.no_grad():
+            assert_same(loaded(pictures()).logits, theirs(pictures()).logits)
+
+
+def test_one_network_in_the_layout_of_the_seed_comes_back_with_its_numerics(tmp_path):
     model = randomised(HfViTForImageClassification(HfViTConfig(**STOCK)))
     state = model.state_dict()
-    model.save_pretrained(tmp_path / "own")
-    export_transformers(model, tmp_path / "transformers")
-    old = ViTForImageClassification.from_pretrained(tmp_path / "transformers")
-    old.save_pretrained(tmp_path / "transformers_v5", save_original_format=False)
-    assert any(".q_proj." in name for name in load_file(tmp_path / "transformers_v5" / "model.safetensors"))
-    export_timm(model, tmp_path / "timm")
-    for dialect in ("linen", "prelinen"):
-        write_jax_checkpoint(state, model.config, tmp_path / f"{dialect}.npz", dialect=dialect)
     rules = torch_rules("seed", model.config, 5)
     names = {rule.theirs: state.get("vit." + rule.ours, state.get(rule.ours)) for rule in rules}
     assert "transformer.embeddings.patch_embeddings.weight" in names
     torch.save(names, tmp_path / "seed.bin")
-    for source in ("own", "transformers", "transformers_v5", "timm", "linen.npz", "prelinen.npz"):
-        assert_equal_weights(HfViTForImageClassification.from_pretrained(tmp_path / source), state)
     loaded = HfViTForImageClassification.from_pretrained(tmp_path / "seed.bin", num_attention_heads=4)
     assert_equal_weights(loaded, state)
     assert (loaded.config.hidden_act, loaded.config.layer_norm_eps) == ("gelu", 1e-6)

@@ -1,4 +1,4 @@
-"""What the rest of the library does with our models: Trainer, PEFT, quantisers, UperNet, DPT, two ranks."""
+"""What the rest of the library does with our models: Trainer, PEFT, quantisers, pipelines, UperNet, DPT, ranks."""
 
 import os
 import socket
@@ -8,8 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    AttentionInterface,
     DPTConfig,
     DPTForDepthEstimation,
     Trainer,
@@ -18,12 +20,14 @@ from transformers import (
     UperNetForSemanticSegmentation,
     ViTConfig,
     ViTForImageClassification,
+    pipeline,
 )
 from transformers.distributed import DistributedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hf_vit import HfViTConfig, HfViTForImageClassification
+from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.export import export_timm, export_transformers
 from hf_vit.foreign import is_finite
 
@@ -195,6 +199,86 @@ def test_a_quantised_tensor_is_finite_if_its_scale_is():
     numbers = torch.ones(2, 2, dtype=torch.int8)
     assert is_finite(Quantised(numbers, torch.ones(2)))
     assert not is_finite(Quantised(numbers, torch.tensor([1.0, float("nan")])))
+
+
+# -- attention backends
+
+
+@pytest.mark.slow  # torch.compile, half a minute
+def test_flex_attention_is_the_same_function():
+    model = classifier()
+    with torch.no_grad():
+        expected = model(pictures()).logits
+        model.set_attn_implementation("flex_attention")
+        assert {layer.attn.config._attn_implementation for layer in model.vit.encoder.layer} == {"flex_attention"}
+        torch.testing.assert_close(model(pictures()).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_an_attention_backend_of_ones_own_is_asked_as_flash_attention_would_be():
+    asked = []
+
+    def mine(module, query, key, value, attention_mask, **options):
+        asked.append((query.shape, attention_mask, module.is_causal, options["scaling"], options["dropout"]))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    AttentionInterface.register("mine", mine)
+    model = classifier(attention_probs_dropout_prob=0.25)
+    with torch.no_grad():
+        expected = model(pictures()).logits
+        model.set_attn_implementation("mine")
+        assert torch.equal(model(pictures()).logits, expected)
+        model.train()(pictures())
+    assert asked[0] == ((2, 4, 17, 8), None, False, 8**-0.5, 0.0)
+    assert asked[4] == ((2, 4, 17, 8), None, False, 8**-0.5, 0.25)
+    assert (model._supports_flash_attn, model._supports_flex_attn, model._supports_sdpa) == (True, True, True)
+
+
+# -- pipelines
+
+
+def photos():
+    """Pictures of every kind that a pipeline meets: three channels, transparency, gray with and without it."""
+    noise = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    picture = Image.fromarray(noise.numpy())
+    return [picture, picture.convert("RGBA"), picture.convert("LA"), picture.convert("L")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = classifier(id2label={i: f"kind {i}" for i in range(5)})
+    model.save_pretrained(tmp_path / "model")
+    HfViTImageProcessor.for_model(model.config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_image_classification_pipeline_takes_every_picture_in_batches(folder, tmp_path):
+    classify = pipeline("image-classification", model=str(folder), top_k=2)
+    photos()[0].save(tmp_path / "photo.png")
+    alone = [classify(photo) for photo in [*photos(), str(tmp_path / "photo.png")]]
+    assert alone[-1] == alone[0]
+    for answer in alone:
+        assert [set(entry) for entry in answer] == [{"label", "score"}] * 2
+        assert answer[0]["score"] >= answer[1]["score"]
+    batched = list(classify((photo for photo in photos() * 3), batch_size=5))
+    assert [answer[0]["label"] for answer in batched] == [answer[0]["label"] for answer in alone[:4] * 3]
+    assert [answer[0]["score"] for answer in batched] == pytest.approx(
+        [a[0]["score"] for a in alone[:4] * 3], abs=1e-5
+    )
+    everything = classify(photos()[0], top_k=9, function_to_apply="sigmoid")
+    assert {entry["label"] for entry in everything} == {f"kind {i}" for i in range(5)}
+    half = pipeline("image-classification", model=str(folder), dtype="bfloat16")
+    assert half(photos()[0])[0]["score"] == pytest.approx(alone[0][0]["score"], abs=0.02)
+
+
+def test_the_feature_extraction_pipeline_gives_tokens_or_the_pooled_representation(folder):
+    extract = pipeline("image-feature-extraction", model=str(folder))
+    assert len(extract(photos()[0])[0]) == 17
+    assert torch.tensor(extract(photos())).shape == (4, 1, 17, 32)
+    pooled = extract(photos()[0], pool=True, return_tensors=True)
+    assert pooled.shape == (1, 32)
+    assert torch.equal(pooled[0], extract(photos()[0], return_tensors=True)[0, 0])  # pooling by the class token
+    with pytest.raises(ValueError, match="grid of 6x6 patches, but the position embeddings are for 4x4"):
+        extract(photos()[0], image_processor_kwargs={"size": {"height": 48, "width": 48}})
 
 
 # -- as a part of another model
