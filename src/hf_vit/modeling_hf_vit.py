@@ -78,8 +78,7 @@ class Embeddings(nn.Module):
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
         self._check(pixel_values)
-        x = pixel_values if self.hybrid_model is None else self.hybrid_model(pixel_values)
-        x = self.patch_embeddings(x)  # (B, D, h, w)
+        x = self._patches(pixel_values)  # (B, D, h, w)
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)  # (B, h*w, D)
         if bool_masked_pos is not None:
@@ -89,6 +88,12 @@ class Embeddings(nn.Module):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
         return self.dropout(x + self._positions(grid, x, interpolate_pos_encoding))
+
+    def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values are {pixel_values.dtype}: expected normalised floats, see the image processor")
+        x = pixel_values.to(self.patch_embeddings.weight.dtype)
+        return self.patch_embeddings(x if self.hybrid_model is None else self.hybrid_model(x))
 
     def _positions(self, grid: tuple[int, int], x: torch.Tensor, interpolate: bool) -> torch.Tensor:
         """(1, N, D): the table as it is, or for another grid where that is asked for."""
@@ -494,7 +499,6 @@ class HfViTModel(HfViTPreTrainedModel):
         Raises:
             ValueError: if the pictures do not fit the model.
         """
-        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.weight.dtype)
         x = self.embeddings(pixel_values, bool_masked_pos, bool(interpolate_pos_encoding))
         if attention_mask is not None:
             attention_mask = create_bidirectional_mask(self.config, inputs_embeds=x, attention_mask=attention_mask)
