@@ -91,7 +91,9 @@ class Embeddings(nn.Module):
 
     def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values are {pixel_values.dtype}: expected normalised floats, see the image processor")
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}: expected normalised floats, see the image processor"
+            )
         x = pixel_values.to(self.patch_embeddings.weight.dtype)
         return self.patch_embeddings(x if self.hybrid_model is None else self.hybrid_model(x))
 

@@ -1,13 +1,4 @@
-"""A model prepared for fast inference on the device where it is: the same class, the same numbers, other arithmetic.
-
-    fast = prepare(HfViTForImageClassification.from_pretrained("ViT-B_16.npz"))
-    logits = fast(pixel_values).logits
-
-On a CPU: one product for queries, keys and values; the scale of attention folded into the queries' weights; weights
-packed for oneDNN with GELU and the residual sum fused in, or laid out for the BLAS library with a quicker tanh GELU,
-whichever measures faster here; attention by plain products where that measures faster; pixel normalisation folded into
-the patch embedding. All of it is exact algebra. In bfloat16 where the processor can, and in int8 (`quantization.py`).
-On a GPU: `torch.compile` with CUDA graphs.
+"""Blocks for inference on a CPU: attention with one product for its input, and a choice of kernels.
 
 Shapes: B pictures, N tokens, D `hidden_size`, K heads of d = D / K.
 """
@@ -15,120 +6,37 @@ Shapes: B pictures, N tokens, D `hidden_size`, K heads of d = D / K.
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
-from .modeling_hf_vit import Attention, Block, Embeddings, HfViTPreTrainedModel, Mlp, attention_probabilities
-from .onednn import GELU_ALGORITHMS, PackedLinear, has_bfloat16, int8_works, linear_works
+from hf_vit.modeling_hf_vit import Attention, Block, Encoder, HfViTPreTrainedModel, Mlp, attention_probabilities
+
+from .onednn import GELU_ALGORITHMS, PackedLinear, linear_works
 
 
 logger = logging.get_logger(__name__)
 
-Model = TypeVar("Model", bound=HfViTPreTrainedModel)
 Kernel = Callable[..., nn.Module]  # (weight, bias, rows) -> a module of (x, activation=, residual=)
 
-_TRIAL_PICTURES = 2
 _TRIAL_RUNS = 3
 
 
-def prepare(
-    model: Model,
-    *,
-    dtype: torch.dtype = torch.float32,
-    image_processor: Any = None,
-    calibration: Iterable[torch.Tensor] | None = None,
-) -> Model:
-    """Return a copy of `model` for inference on its device; the model itself stays as it is.
-
-    The copy takes what the model takes, in a `pipeline` too, and gives its outputs to rounding. It cannot be trained
-    or saved; save the model.
-
-    Args:
-        model: Of any class of ours.
-        dtype: `torch.float32`, `torch.bfloat16`, or on a CPU `torch.int8`.
-        image_processor: Lets the copy take pixels as uint8 (B, C, H, W) that this processor has resized but neither
-            scaled nor normalised.
-        calibration: Batches of `pixel_values` like those to come, for int8; a few dozen pictures are enough.
-
-    Raises:
-        ValueError: if `dtype` is none of these or not for this device, or calibration pictures are missing.
-    """
-    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
-        raise ValueError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16 or torch.int8")
-    if (dtype == torch.int8) != (calibration is not None):
-        raise ValueError(f"dtype is {dtype}: calibration pictures go with torch.int8, and it needs them")
-    if dtype == torch.int8 and (model.device.type != "cpu" or not int8_works()):
-        raise ValueError("int8 needs a CPU and a torch with oneDNN's int8 operators: use torch.float32 or torch.bfloat16")
-    if dtype == torch.bfloat16 and model.device.type == "cpu" and not has_bfloat16():
-        logger.warning("this processor has no bfloat16 instructions: computing in float32, which is faster on it")
-        dtype = torch.float32
-    compute = torch.float32 if dtype == torch.int8 else dtype
-    with torch.no_grad():
-        if model.device.type != "cpu":
-            return _compiled(_copied(model, compute, image_processor))
-        prepared = _copied(model, compute, image_processor, blocks=nn.ModuleList())
-        prepared.base_model.encoder.layer.extend(_prepared_blocks(model, dtype, calibration))
-    prepared.config._attn_implementation = "sdpa"
-    return prepared
+def encoder_of(model: HfViTPreTrainedModel) -> Encoder:
+    """Return the encoder of a model of any class of ours."""
+    encoder = model.base_model.get_submodule("encoder")
+    assert isinstance(encoder, Encoder)
+    return encoder
 
 
-def _copied(
-    model: Model, compute: torch.dtype, image_processor: Any, blocks: nn.ModuleList | None = None
-) -> Model:
-    """A copy that refuses to be saved, with `blocks` instead of its own where given."""
-    known = {} if blocks is None else {id(model.base_model.encoder.layer): blocks}
-    prepared = copy.deepcopy(model, known).to(compute).eval().requires_grad_(False)
-    prepared._output_capturing_hooks_installed = False  # transformers installs them again, on the new blocks
-    prepared.base_model.embeddings = PreparedEmbeddings(prepared.base_model.embeddings, image_processor)
-    prepared.save_pretrained = prepared.push_to_hub = _refuse_to_save
-    return prepared
-
-
-def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
-    raise TypeError("a model prepared for inference has no weights to save: save the model that it was made of")
-
-
-def _prepared_blocks(
-    model: HfViTPreTrainedModel, dtype: torch.dtype, calibration: Iterable[torch.Tensor] | None
-) -> list[Block]:
-    blocks = list(model.base_model.encoder.layer)
-    config = model.config
-    num_tokens = config.num_prefix_tokens + config.grid_size[0] * config.grid_size[1]
-    if calibration is not None:
-        from .quantization import quantized_blocks  # sits on top of this module
-
-        return quantized_blocks(model, calibration, num_tokens)
-    tokens = torch.randn(_TRIAL_PICTURES, num_tokens, config.hidden_size, dtype=dtype)
-    kernel = fastest_kernel(blocks[0], tokens) if blocks else BlasLinear
-    is_last = [False] * (len(blocks) - 1) + [True]
-    return [PreparedBlock(block, kernel, tokens, is_last=last) for block, last in zip(blocks, is_last, strict=False)]
-
-
-def _compiled(model: Model) -> Model:
-    """Compiled with CUDA graphs, whose outputs the next run overwrites: they are copied out."""
-    forward = torch.compile(model.forward, mode="reduce-overhead")
-
-    @functools.wraps(model.forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        return _cloned(forward(*args, **kwargs))
-
-    model.forward = run
-    return model
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, ModelOutput):
-        return type(value)(**{name: _cloned(part) for name, part in value.items()})
-    return tuple(_cloned(part) for part in value) if isinstance(value, tuple) else value
+def blocks_of(model: HfViTPreTrainedModel) -> list[Block]:
+    """Return the blocks of a model of any class of ours."""
+    return [block for block in encoder_of(model).layer if isinstance(block, Block)]
 
 
 # -- kernels of a linear layer
@@ -139,8 +47,8 @@ class BlasLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int):
         super().__init__()
-        self.weight = weight.t().contiguous()
-        self.bias = bias
+        self.weight = weight.detach().t().contiguous()
+        self.bias = bias.detach().clone()
 
     def forward(
         self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None
@@ -189,43 +97,7 @@ def quickest(run: Callable[[], Any]) -> float:
     return min(times[1:])
 
 
-# -- parts of the model
-
-
-class PreparedEmbeddings(Embeddings):
-    """Embeddings that also take uint8 pixels, the image processor's scaling and normalisation folded into them."""
-
-    def __init__(self, embeddings: Embeddings, image_processor: Any):
-        super().__init__(embeddings.config, use_mask_token=embeddings.mask_token is not None)
-        self.load_state_dict(embeddings.state_dict())
-        self.to(embeddings.patch_embeddings.weight.dtype).to(embeddings.patch_embeddings.weight.device)
-        self.eval().requires_grad_(False)
-        self.gain = self.offset = None  # of a pixel, (C, 1, 1)
-        if image_processor is not None:
-            self._fold(image_processor)
-
-    def _fold(self, image_processor: Any) -> None:
-        conv = self.patch_embeddings
-        scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
-        mean, std = torch.zeros(self.config.num_channels), torch.ones(self.config.num_channels)
-        if image_processor.do_normalize:
-            mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
-        gain, offset = (value.view(-1, 1, 1).to(conv.weight) for value in (scale / std, -mean / std))
-        if self.hybrid_model is not None:  # pads with zeros after normalisation: not to be folded
-            self.gain, self.offset = gain, offset
-            return
-        self.folded_weight = conv.weight * gain
-        self.folded_bias = conv.bias + (conv.weight.double() * offset).sum(dim=(1, 2, 3)).to(conv.bias)
-
-    def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.dtype != torch.uint8:
-            return super()._patches(pixel_values)
-        pixels = pixel_values.to(self.patch_embeddings.weight.dtype)
-        if self.gain is not None:
-            return super()._patches(pixels * self.gain + self.offset)
-        if not hasattr(self, "folded_weight"):
-            raise ValueError("pixel_values are uint8: give image_processor= to prepare, or normalised floats")
-        return F.conv2d(pixels, self.folded_weight, self.folded_bias, stride=self.patch_embeddings.stride)
+# -- parts of a block
 
 
 class PreparedAttention(Attention):
@@ -321,11 +193,11 @@ def _longest_by_products(dtype: torch.dtype, head_dim: int, shape: torch.Size) -
     return shape[1] if plain < fused else 0
 
 
-class PreparedMlp(Mlp):
+class PreparedMlp(nn.Module):
     """The MLP with its activation, and the residual sum, fused where the kernel can."""
 
     def __init__(self, mlp: Mlp, kernel: Kernel, tokens: torch.Tensor, hidden_act: str):
-        nn.Module.__init__(self)
+        super().__init__()
         rows = tokens.shape[0] * tokens.shape[1]
         self.hidden_act = hidden_act
         self.fc1, self.fc2 = (
@@ -347,11 +219,11 @@ class PreparedBlock(Block):
         nn.Module.__init__(self)
         rows, dtype = tokens.shape[0] * tokens.shape[1], tokens.dtype
         out = kernel(block.attn.out.weight.to(dtype), block.attn.out.bias.to(dtype), rows)
-        self.attention_norm = copy.deepcopy(block.attention_norm).to(dtype)
+        self.attention_norm = copy.deepcopy(block.attention_norm).to(dtype).requires_grad_(False)
         self.attn = PreparedAttention(
             block.attn, lambda weight, bias: kernel(weight, bias, rows), out, tokens, is_last=is_last
         )
-        self.ffn_norm = copy.deepcopy(block.ffn_norm).to(dtype)
+        self.ffn_norm = copy.deepcopy(block.ffn_norm).to(dtype).requires_grad_(False)
         self.ffn = PreparedMlp(block.ffn, kernel, tokens, block.attn.config.hidden_act)
 
     def forward(
@@ -369,4 +241,4 @@ class PreparedBlock(Block):
         return self.ffn(self.ffn_norm(x), residual=x)
 
 
-__all__ = ["prepare"]
+__all__ = ["PreparedAttention", "PreparedBlock", "blocks_of", "encoder_of", "fastest_kernel"]

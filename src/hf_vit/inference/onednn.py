@@ -1,7 +1,7 @@
 """oneDNN's linear layers inside torch: weights packed once, with what follows the product fused into it.
 
 These are the operators that torch's own compiler emits. They are no public promise of torch, so they are reached in
-this file alone: each is tried against plain torch before it is used, and `linear_works`, `int8_works` say what is there.
+this file alone: each is tried against plain torch before it is used (`linear_works`, `int8_works`).
 """
 
 import functools
@@ -27,7 +27,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-        self.bias = bias.detach()
+        self.bias = bias.detach().clone()
 
     def forward(
         self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None
@@ -60,7 +60,7 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(whole, [rows, weight.shape[1]])
         self.steps = steps
         self.zeros = torch.zeros(len(weight), dtype=torch.int8)
-        self.bias = bias.detach().contiguous()
+        self.bias = bias.detach().clone()
 
     def forward(
         self,

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .inference import PreparedAttention
-from .modeling_hf_vit import Attention, Block, HfViTPreTrainedModel
+from hf_vit.modeling_hf_vit import Attention, Block, HfViTPreTrainedModel
+
+from .blocks import PreparedAttention, blocks_of
 from .onednn import GELU_ALGORITHMS, Int8Linear
 
 
@@ -62,9 +63,7 @@ class Site:
         return min(found)[1:]
 
 
-def quantized_blocks(
-    model: HfViTPreTrainedModel, calibration: Iterable[torch.Tensor], num_tokens: int
-) -> list[Block]:
+def quantized_blocks(model: HfViTPreTrainedModel, calibration: Iterable[torch.Tensor], num_tokens: int) -> list[Block]:
     """Return the model's blocks in int8.
 
     Args:
@@ -75,15 +74,17 @@ def quantized_blocks(
     """
     if model.config.hidden_act not in GELU_ALGORITHMS:
         raise ValueError(f"hidden_act is {model.config.hidden_act}: int8 is for {', '.join(GELU_ALGORITHMS)}")
-    blocks = list(model.base_model.encoder.layer)
+    blocks = blocks_of(model)
     sites = observe(model, calibration)
     tokens = torch.zeros(2, num_tokens, model.config.hidden_size)
-    return [Int8Block(block, site, tokens, is_last=block is blocks[-1]) for block, site in zip(blocks, sites, strict=True)]
+    return [
+        Int8Block(block, site, tokens, is_last=block is blocks[-1]) for block, site in zip(blocks, sites, strict=True)
+    ]
 
 
 def observe(model: HfViTPreTrainedModel, calibration: Iterable[torch.Tensor]) -> list[dict[str, Site]]:
     """Run the plain model over the pictures; return for each block what came into its products."""
-    blocks = model.base_model.encoder.layer
+    blocks = blocks_of(model)
     sites = [{name: Site() for name in _SITES} for _ in blocks]
     pictures = 0
     with contextlib.ExitStack() as hooks:
@@ -177,7 +178,10 @@ class Int8Block(Block):
         self.hidden_act = block.attn.config.hidden_act
         steps = {name: sites[name].scale_and_zero_point() for name in ("out", "fc2")}
         read = torch.cat([block.attn.query.weight, block.attn.key.weight, block.attn.value.weight])
-        divisors = {"attention": _divisor(sites["attention"], read), "fc1": _divisor(sites["fc1"], block.ffn.fc1.weight)}
+        divisors = {
+            "attention": _divisor(sites["attention"], read),
+            "fc1": _divisor(sites["fc1"], block.ffn.fc1.weight),
+        }
         for name, divisor in divisors.items():
             steps[name] = sites[name].scale_and_zero_point(divisor)
         self.attention_norm = QuantizedNorm(block.attention_norm, divisors["attention"], *steps["attention"])
