@@ -120,7 +120,7 @@ def _neighbours(old: int, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 @lru_cache(maxsize=256)
 def _interleaved(old: int, new: int, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns `_neighbours` for the numbers in a row of pixels: which are left and right, and the right one's weight."""
+    """Returns `_neighbours` for the numbers in a row of pixels: the left, the right, and the right one's weight."""
     needed, left, right, across = _neighbours(old, new)
     channel = torch.arange(channels)
     left, right = ((needed[side][:, None] * channels + channel).flatten() for side in (left, right))
