@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, ViTConfig, ViTModel
 
 from hf_vit import (
@@ -80,10 +81,57 @@ def test_attention_probabilities_come_with_every_backend_and_change_nothing(back
     model = randomised(HfViTForImageClassification._from_config(tiny(), attn_implementation=backend))
     with torch.no_grad():
         plain, asked = model(pixels).logits, model(pixels, output_attentions=True)
-    assert torch.equal(plain, asked.logits)
+    torch.testing.assert_close(plain, asked.logits, atol=1e-5, rtol=0)  # one more token rounds differently
     assert [tuple(a.shape) for a in asked.attentions] == [(2, 3, 17, 17)] * 3
     for probabilities in asked.attentions:
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 17), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_the_last_block_works_for_the_class_token_alone_and_gives_the_same_gradients(backend, pixels):
+    model = randomised(HfViTForImageClassification._from_config(tiny(), attn_implementation=backend))
+    labels = torch.tensor([1, 4])
+
+    def run(**kwargs):
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            outputs = model(pixels, labels=labels, **kwargs)
+            outputs.loss.backward()
+        return outputs.logits, [parameter.grad for parameter in model.parameters()], counter.get_total_flops()
+
+    alone, all_tokens = run(), run(output_hidden_states=True)
+    torch.testing.assert_close(alone[0], all_tokens[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone[1], all_tokens[1], atol=1e-4, rtol=1e-4)
+    assert alone[2] < 0.85 * all_tokens[2]  # two thirds of the last of three blocks are not computed
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({}, {"output_hidden_states": True}),
+        ({}, {"output_attentions": True}),
+        ({}, {"attention_mask": torch.ones(2, 17).tril(15)}),
+        ({"pooling": "gap"}, {}),
+        ({"pooling": "map"}, {}),
+        ({"pooling": "none"}, {}),
+    ],
+)
+def test_all_tokens_are_computed_where_somebody_reads_them(fields, asked, pixels):
+    model = randomised(HfViTModel._from_config(tiny(**fields), attn_implementation="eager"))
+    with torch.no_grad():
+        alone = model(pixels, pooled_only=True).last_hidden_state
+        assert alone.shape == ((2, 17, 24) if fields else (2, 1, 24))
+        assert model(pixels, pooled_only=True, **asked).last_hidden_state.shape == (2, 17, 24)
+
+
+def test_a_hook_in_the_last_block_sees_all_tokens(pixels):
+    model = randomised(HfViTForImageClassification(tiny()))
+    seen = []
+    with torch.no_grad():
+        model(pixels)
+        model.vit.encoder.layer[-1].ffn.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        model(pixels)
+    assert seen == [(2, 17, 24)]
 
 
 def test_backends_agree(pixels):

@@ -89,3 +89,13 @@ def test_the_processor_is_the_checkpoints_own_scaled_to_the_pictures(tmp_path):
     assert list(found.image_mean) == [0.1, 0.2, 0.3]
     assert found(Image.new("RGB", (90, 70)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
     assert at_size(found, 64) is found
+
+
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16", "int8"])
+def test_a_prepared_model_names_the_same(numbers, folder, tmp_path):
+    assert run_predict(folder, "--json", tmp_path / "plain.json", "--top_k", 1) == 0
+    assert run_predict(folder, "--json", tmp_path / "fast.json", "--top_k", 1, "--prepare", numbers) == 0
+    plain, fast = (json.loads((tmp_path / name).read_text()) for name in ("plain.json", "fast.json"))
+    assert [row["classes"][0]["label"] for row in fast] == [row["classes"][0]["label"] for row in plain]
+    for a, b in zip(plain, fast, strict=True):
+        assert a["classes"][0]["probability"] == pytest.approx(b["classes"][0]["probability"], abs=0.05)

@@ -110,11 +110,24 @@ class HfViTImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 @lru_cache(maxsize=256)
-def _neighbours(old: int, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns, for each output position, the pixels below and above its centre and the weight of the upper one."""
+def _neighbours(old: int, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the pixels that are needed, and for each output position which of them lie below and above its centre.
+
+    Last comes the weight of the upper one.
+    """
     position = (torch.arange(new, dtype=torch.float32) + 0.5) * torch.tensor(old / new, dtype=torch.float32) - 0.5
-    lower = position.floor()
-    return lower.clamp(min=0).long(), position.ceil().clamp(max=old - 1).long(), position - lower
+    lower, upper = position.floor().clamp(min=0).long(), position.ceil().clamp(max=old - 1).long()
+    needed = torch.cat([lower, upper]).unique()
+    return needed, torch.searchsorted(needed, lower), torch.searchsorted(needed, upper), position - position.floor()
+
+
+@lru_cache(maxsize=256)
+def _interleaved(old: int, new: int, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns `_neighbours` for the numbers in a row of pixels: the left, the right, and the right one's weight."""
+    needed, left, right, across = _neighbours(old, new)
+    channel = torch.arange(channels)
+    left, right = ((needed[side][:, None] * channels + channel).flatten() for side in (left, right))
+    return left, right, across.repeat_interleave(channels)
 
 
 def interpolate_bilinear(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -127,17 +140,13 @@ def interpolate_bilinear(image: torch.Tensor, height: int, width: int) -> torch.
     Source: TensorFlow 2.21, resize_bilinear_op.cc; equal to the last bit on the recorded pictures.
     """
     pixels = image.permute(1, 2, 0)  # (H, W, C), the layout that pictures are decoded in
-    top, bottom, down = (part.to(image.device) for part in _neighbours(len(pixels), height))
-    left, right, across = (part.to(image.device) for part in _neighbours(pixels.shape[1], width))
-    across = across.repeat_interleave(len(image))  # (w * C)
-
-    def resized_rows(rows: torch.Tensor) -> torch.Tensor:
-        strip = pixels.index_select(0, rows)  # (h, W, C)
-        start = strip.index_select(1, left).flatten(1).float()  # (h, w * C)
-        return strip.index_select(1, right).flatten(1).float().sub_(start).mul_(across).add_(start)
-
-    upper = resized_rows(top)
-    resized = resized_rows(bottom).sub_(upper).mul_(down[:, None]).add_(upper)
+    needed, top, bottom, down = (part.to(image.device) for part in _neighbours(len(pixels), height))
+    left, right, across = (part.to(image.device) for part in _interleaved(pixels.shape[1], width, len(image)))
+    strip = pixels.index_select(0, needed).flatten(1)  # (rows needed, W * C)
+    start = strip.index_select(1, left).float()  # (rows needed, w * C)
+    rows = strip.index_select(1, right).float().sub_(start).mul_(across).add_(start)
+    upper = rows.index_select(0, top)  # (h, w * C)
+    resized = rows.index_select(0, bottom).sub_(upper).mul_(down[:, None]).add_(upper)
     return resized.unflatten(1, (width, len(image))).permute(2, 0, 1)
 
 

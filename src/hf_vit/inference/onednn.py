@@ -1,0 +1,138 @@
+"""oneDNN's linear layers inside torch: weights packed once, with what follows the product fused into it.
+
+These are the operators that torch's own compiler emits. They are no public promise of torch, so they are reached in
+this file alone: each is tried against plain torch before it is used (`linear_works`, `int8_works`).
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# activation (transformers' name) -> the algorithm of oneDNN's "gelu"
+GELU_ALGORITHMS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its weights in the order in which oneDNN reads them.
+
+    Args:
+        weight: (out, in), float32 or bfloat16.
+        bias: (out).
+        rows: How many rows the input will have at once, about; the order of the weights may depend on it.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+        self.bias = bias.detach().clone()
+
+    def forward(
+        self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return activation(x W^T + b) for a name in `GELU_ALGORITHMS`, or x W^T + b + residual."""
+        x = x.contiguous()
+        if residual is not None:
+            linear = torch.ops.mkldnn._linear_pointwise.binary
+            return linear(x, residual.contiguous(), self.packed, self.bias, "add")
+        fused = ("none", [], "") if activation is None else ("gelu", [], GELU_ALGORITHMS[activation])
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *fused)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer on whole numbers: 8-bit activations of one scale, weights with a scale for each output.
+
+    Args:
+        weight: (out, in), float32.
+        bias: (out).
+        scale, zero_point: An input of q stands for (q - zero_point) * scale.
+        rows: As of `PackedLinear`.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, scale: float, zero_point: int, *, rows: int):
+        super().__init__()
+        levels = weight_levels()
+        steps = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / levels  # (out)
+        whole = (weight / steps[:, None]).round().clamp(-levels, levels).to(torch.int8)
+        self.scale, self.zero_point = scale, zero_point
+        self.packed = torch.ops.onednn.qlinear_prepack(whole, [rows, weight.shape[1]])
+        self.steps = steps
+        self.zeros = torch.zeros(len(weight), dtype=torch.int8)
+        self.bias = bias.detach().clone()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        activation: str | None = None,
+        output: tuple[float, int] | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return float32 of an input of uint8, the residual added; or uint8 of the scale and zero point `output`."""
+        scale, zero_point = output or (1.0, 0)
+        dtype = torch.float32 if output is None else torch.uint8
+        operands = (self.scale, self.zero_point, self.packed, self.steps, self.zeros)
+        if residual is not None:
+            linear = torch.ops.onednn.qlinear_pointwise.binary
+            return linear(
+                x, *operands, residual, self.bias, scale, zero_point, dtype, 1.0, 0, "add", 1.0, "none", [], ""
+            )
+        fused = ("none", [], "") if activation is None else ("gelu", [], GELU_ALGORITHMS[activation])
+        return torch.ops.onednn.qlinear_pointwise(x, *operands, self.bias, scale, zero_point, dtype, *fused)
+
+
+def weight_levels() -> int:
+    """Return the largest whole weight. Without VNNI instructions pairs of products are added in 16 bits: 7 bits then.
+
+    255 * 63 * 2 is the largest sum of two that fits.
+    """
+    return 127 if torch.cpu._is_vnni_supported() else 63
+
+
+@functools.cache
+def linear_works(dtype: torch.dtype) -> bool:
+    """Whether `PackedLinear` gives plain torch's numbers in this build, on this processor, in `dtype`."""
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return False
+    x, weight, bias, residual = _trial(dtype)
+    try:
+        linear = PackedLinear(weight, bias, rows=len(x))
+        found = [linear(x), linear(x, residual=residual), *(linear(x, activation=name) for name in GELU_ALGORITHMS)]
+    except (AttributeError, RuntimeError):  # no such operator, or not for this processor
+        return False
+    plain = F.linear(x, weight, bias)
+    expected = [plain, plain + residual, *(F.gelu(plain, approximate=kind) for kind in GELU_ALGORITHMS.values())]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    return all(torch.allclose(a, b, atol=tolerance, rtol=tolerance) for a, b in zip(found, expected, strict=True))
+
+
+@functools.cache
+def int8_works() -> bool:
+    """Whether `Int8Linear` computes what its numbers stand for in this build."""
+    x, weight, bias, residual = _trial(torch.float32)
+    whole = (x * 16 + 128).round().clamp(0, 255).to(torch.uint8)
+    try:
+        linear = Int8Linear(weight, bias, 1 / 16, 128, rows=len(x))
+        found = [linear(whole), linear(whole, residual=residual)]
+        found += [(linear(whole, activation=name, output=(1 / 16, 128)) - 128.0) / 16 for name in GELU_ALGORITHMS]
+    except (AttributeError, RuntimeError):
+        return False
+    plain = F.linear((whole - 128.0) / 16, weight, bias)
+    expected = [plain, plain + residual, *(F.gelu(plain, approximate=kind) for kind in GELU_ALGORITHMS.values())]
+    return all(torch.allclose(a, b, atol=0.2) for a, b in zip(found, expected, strict=True))
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16; without that it is slower than float32."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _trial(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 48), (32, 48), (32,), (5, 32))
+    x, weight, bias, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x, weight / 8, bias, residual
+
+
+__all__ = ["GELU_ALGORITHMS", "Int8Linear", "PackedLinear", "has_bfloat16", "int8_works", "linear_works"]

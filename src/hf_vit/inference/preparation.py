@@ -1,0 +1,159 @@
+"""`prepare`: a copy of a model for inference, and which arithmetic it gets on this device."""
+
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput, logging
+
+from hf_vit.modeling_hf_vit import Block, Embeddings, HfViTPreTrainedModel
+
+from .blocks import PreparedBlock, blocks_of, encoder_of, fastest_kernel
+from .onednn import has_bfloat16, int8_works
+from .quantization import quantized_blocks
+
+
+logger = logging.get_logger(__name__)
+
+Model = TypeVar("Model", bound=HfViTPreTrainedModel)
+
+_TRIAL_PICTURES = 2  # at once, while kernels are compared
+
+
+def prepare(
+    model: Model,
+    *,
+    dtype: torch.dtype = torch.float32,
+    image_processor: Any = None,
+    calibration: Iterable[torch.Tensor] | None = None,
+) -> Model:
+    """Return a copy of `model` for inference on its device; the model itself stays as it is.
+
+    The copy takes what the model takes, in a `pipeline` too, and gives its outputs to rounding. It cannot be trained
+    or saved; save the model.
+
+    Args:
+        model: Of any class of ours.
+        dtype: `torch.float32`, `torch.bfloat16`, or on a CPU `torch.int8`.
+        image_processor: Lets the copy take pixels as uint8 (B, C, H, W) that this processor has resized but neither
+            scaled nor normalised.
+        calibration: Batches of `pixel_values` like those to come, for int8; a few dozen pictures are enough.
+
+    Raises:
+        ValueError: if `dtype` is none of these or not for this device, or calibration pictures are missing.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise ValueError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16 or torch.int8")
+    if (dtype == torch.int8) != (calibration is not None):
+        raise ValueError(f"dtype is {dtype}: calibration pictures go with torch.int8, and it needs them")
+    if dtype == torch.int8 and (model.device.type != "cpu" or not int8_works()):
+        raise ValueError(
+            "int8 needs a CPU and a torch with oneDNN's int8 operators: use torch.float32 or torch.bfloat16"
+        )
+    if dtype == torch.bfloat16 and model.device.type == "cpu" and not has_bfloat16():
+        logger.warning("this processor has no bfloat16 instructions: computing in float32, which is faster on it")
+        dtype = torch.float32
+    compute = torch.float32 if dtype == torch.int8 else dtype
+    with torch.no_grad():
+        if model.device.type != "cpu":
+            return _compiled(_copied(model, compute, image_processor))
+        prepared = _copied(model, compute, image_processor, blocks=nn.ModuleList())
+        encoder_of(prepared).layer.extend(_prepared_blocks(model, dtype, calibration))
+    prepared.config._attn_implementation = "sdpa"
+    return prepared
+
+
+def _copied(model: Model, compute: torch.dtype, image_processor: Any, blocks: nn.ModuleList | None = None) -> Model:
+    """A copy that refuses to be saved, with `blocks` instead of its own where given."""
+    known = {} if blocks is None else {id(encoder_of(model).layer): blocks}
+    prepared = copy.deepcopy(model, known).to(compute).eval().requires_grad_(False)
+    prepared._output_capturing_hooks_installed = False  # transformers installs them again, on the new blocks
+    prepared.base_model.embeddings = PreparedEmbeddings(prepared.base_model.embeddings, image_processor)
+    prepared.save_pretrained = prepared.push_to_hub = _refuse_to_save
+    return prepared
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    raise TypeError("a model prepared for inference has no weights to save: save the model that it was made of")
+
+
+def _prepared_blocks(
+    model: HfViTPreTrainedModel, dtype: torch.dtype, calibration: Iterable[torch.Tensor] | None
+) -> list[Block]:
+    blocks = blocks_of(model)
+    config = model.config
+    num_tokens = config.num_prefix_tokens + config.grid_size[0] * config.grid_size[1]
+    if calibration is not None:
+        return quantized_blocks(model, calibration, num_tokens)
+    if not blocks:
+        return []
+    tokens = torch.randn(_TRIAL_PICTURES, num_tokens, config.hidden_size, dtype=dtype)
+    kernel = fastest_kernel(blocks[0], tokens)
+    return [PreparedBlock(block, kernel, tokens, is_last=block is blocks[-1]) for block in blocks]
+
+
+def _compiled(model: Model) -> Model:
+    """Compiled with CUDA graphs, whose outputs the next run overwrites: they are copied out."""
+    forward = torch.compile(model.forward, mode="reduce-overhead")
+
+    @functools.wraps(model.forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return _cloned(forward(*args, **kwargs))
+
+    model.forward = run
+    return model
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _cloned(part) for name, part in value.items()})
+    return tuple(_cloned(part) for part in value) if isinstance(value, tuple) else value
+
+
+class PreparedEmbeddings(Embeddings):
+    """Embeddings that also take uint8 pixels, the image processor's scaling and normalisation folded into them."""
+
+    def __init__(self, embeddings: Embeddings, image_processor: Any):
+        super().__init__(embeddings.config, use_mask_token=embeddings.mask_token is not None)
+        self.load_state_dict(embeddings.state_dict())
+        self.to(embeddings.patch_embeddings.weight.dtype).to(embeddings.patch_embeddings.weight.device)
+        self.eval().requires_grad_(False)
+        self.pixel_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # gain and offset of a pixel, (C, 1, 1)
+        self.folded: tuple[torch.Tensor, torch.Tensor] | None = None  # weight and bias of the patches
+        if image_processor is not None:
+            self._fold(image_processor)
+
+    def _fold(self, image_processor: Any) -> None:
+        conv = self.patch_embeddings
+        scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+        mean, std = torch.zeros(self.config.num_channels), torch.ones(self.config.num_channels)
+        if image_processor.do_normalize:
+            mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+        gain, offset = (value.view(-1, 1, 1).to(conv.weight) for value in (scale / std, -mean / std))
+        if self.hybrid_model is not None:  # pads with zeros after normalisation: not to be folded
+            self.pixel_scale = gain, offset
+        else:
+            shift = (conv.weight.double() * offset).sum(dim=(1, 2, 3))
+            bias = shift if conv.bias is None else shift + conv.bias
+            self.folded = conv.weight * gain, bias.to(conv.weight.dtype)
+
+    def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.dtype != torch.uint8:
+            return super()._patches(pixel_values)
+        pixels = pixel_values.to(self.patch_embeddings.weight.dtype)
+        if self.folded is not None:
+            return F.conv2d(pixels, *self.folded, stride=self.patch_embeddings.stride)
+        if self.pixel_scale is None:
+            raise ValueError("pixel_values are uint8: give image_processor= to prepare, or normalised floats")
+        gain, offset = self.pixel_scale
+        return super()._patches(pixels * gain + offset)
+
+
+__all__ = ["prepare"]

@@ -1,0 +1,268 @@
+"""A model prepared for inference: the plain model's numbers, in every configuration, from every kernel."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import pipeline
+
+from hf_vit import (
+    HfViTBackbone,
+    HfViTConfig,
+    HfViTForImageClassification,
+    HfViTForMaskedImageModeling,
+    HfViTImageProcessor,
+    HfViTModel,
+)
+from hf_vit.inference import blocks, onednn, preparation, prepare
+from hf_vit.inference.blocks import BlasLinear, PreparedBlock, gelu_tanh_
+from hf_vit.inference.onednn import PackedLinear
+from hf_vit.inference.quantization import Int8Block
+
+
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+    "zero_init_head": False,
+}
+HYBRID = {"patch_size": 1, "resnet_layers": [1, 1], "resnet_width_factor": 0.5, "image_size": 64}
+FIELDS = [
+    {},
+    HYBRID,
+    {"pooling": "gap"},
+    {"pooling": "map", "use_cls_token": False},
+    {"pooling": "none"},
+    {"hidden_act": "gelu"},
+    {"hidden_act": "relu"},
+    {"qkv_bias": False},
+    {"representation_size": 8},
+    {"num_hidden_layers": 0},
+]
+
+
+def build(cls=HfViTForImageClassification, **fields):
+    torch.manual_seed(0)
+    model = cls(HfViTConfig(**{**TINY, **fields})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "hybrid_model" not in name and "norm" not in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.15)
+    return model
+
+
+def pixels_for(model, pictures=2):
+    size = model.config.image_size
+    return torch.randn(pictures, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=[PackedLinear, BlasLinear])
+def kernel(request, monkeypatch):
+    monkeypatch.setattr(preparation, "fastest_kernel", lambda block, tokens: request.param)
+    return request.param
+
+
+@pytest.fixture(params=["products", "fused"])
+def attention(request, monkeypatch):
+    longest = 10_000 if request.param == "products" else 0
+    monkeypatch.setattr(blocks, "_longest_by_products", lambda *args: longest)
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_every_kernel_gives_the_plain_models_outputs(fields, kernel, attention):
+    model = build(**fields)
+    fast, pixels = prepare(model), pixels_for(model)
+    assert all(isinstance(block, PreparedBlock) for block in fast.vit.encoder.layer)
+    assert all(isinstance(block.ffn.fc1, kernel) for block in fast.vit.encoder.layer)
+    with torch.inference_mode():
+        assert_close(fast(pixels).logits, model(pixels).logits)
+        asked = {"output_hidden_states": True, "output_attentions": True}
+        found, expected = fast(pixels, **asked), model(pixels, **asked)
+    assert len(found.hidden_states) == len(expected.hidden_states)
+    for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert_close(a, b)
+    for a, b in zip(found.attentions, expected.attentions, strict=True):
+        assert_close(a, b)
+
+
+def assert_close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max().clamp(min=1)), rtol=0)
+
+
+@pytest.mark.parametrize("cls", [HfViTModel, HfViTBackbone, HfViTForMaskedImageModeling])
+def test_every_class_can_be_prepared(cls, kernel):
+    model = build(cls)
+    fast, pixels = prepare(model), pixels_for(model)
+    with torch.inference_mode():
+        found, expected = fast(pixels)[0], model(pixels)[0]
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
+def test_masked_tokens_and_other_sizes_are_taken(kernel):
+    model = build(HfViTModel)
+    fast = prepare(model)
+    mask = torch.ones(2, 17).tril(12)
+    larger = torch.randn(2, 3, 48, 40)
+    with torch.inference_mode():
+        assert_close(
+            fast(pixels_for(model), attention_mask=mask).last_hidden_state[:, :12],
+            model(pixels_for(model), attention_mask=mask).last_hidden_state[:, :12],
+        )
+        assert_close(
+            fast(larger, interpolate_pos_encoding=True).pooler_output,
+            model(larger, interpolate_pos_encoding=True).pooler_output,
+        )
+
+
+def test_the_model_stays_as_it_was_and_the_copy_does_not_follow_it():
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels = pixels_for(model)
+    fast = prepare(model)
+    with torch.inference_mode():
+        logits = fast(pixels).logits
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config._attn_implementation == HfViTForImageClassification(model.config).config._attn_implementation
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with torch.inference_mode():
+        assert torch.equal(fast(pixels).logits, logits)
+
+
+def test_a_prepared_copy_is_not_saved(tmp_path):
+    fast = prepare(build())
+    with pytest.raises(TypeError, match="save the model that it was made of"):
+        fast.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fields", [{}, HYBRID])
+@pytest.mark.parametrize("protocol", ["vit_jax", "timm"])
+def test_bytes_are_taken_with_the_processors_numbers_folded_in(fields, protocol):
+    model = build(**fields)
+    processor = HfViTImageProcessor.for_model(
+        model.config, protocol=protocol, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4], rounding="round"
+    )
+    size = model.config.image_size
+    picture = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    whole = processor(picture, return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"]
+    fast = prepare(model, image_processor=processor)
+    with torch.inference_mode():
+        assert_close(fast(picture).logits, model(whole).logits, 2e-5)
+        assert_close(fast(whole).logits, model(whole).logits)
+
+
+def test_bytes_are_refused_where_nothing_says_what_they_mean():
+    model = build()
+    picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="uint8: expected normalised floats"):
+        model(picture)
+    with pytest.raises(ValueError, match="image_processor="):
+        prepare(model)(picture)
+
+
+def test_a_pipeline_takes_a_prepared_model():
+    model = build()
+    processor = HfViTImageProcessor.for_model(model.config)
+    picture = Image.linear_gradient("L").convert("RGB")
+    plain, fast = (
+        pipeline("image-classification", model=each, image_processor=processor)(picture)
+        for each in (model, prepare(model))
+    )
+    assert [found["label"] for found in fast] == [found["label"] for found in plain]
+    assert [found["score"] for found in fast] == pytest.approx([found["score"] for found in plain], abs=1e-5)
+
+
+# -- other numbers
+
+
+def test_bfloat16_computes_in_bfloat16_where_the_processor_can(monkeypatch):
+    monkeypatch.setattr(preparation, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(preparation, "fastest_kernel", lambda block, tokens: BlasLinear)
+    model = build()
+    fast, pixels = prepare(model, dtype=torch.bfloat16), pixels_for(model)
+    half = build().to(torch.bfloat16)
+    with torch.inference_mode():
+        expected = model(pixels).logits
+        found, stock = fast(pixels).logits, half(pixels).logits
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 2 * (stock - expected).abs().max()
+
+
+def test_bfloat16_falls_back_to_float32_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(preparation, "has_bfloat16", lambda: False)
+    model = build()
+    with caplog.at_level("WARNING"):
+        fast = prepare(model, dtype=torch.bfloat16)
+    assert "no bfloat16 instructions" in caplog.text
+    with torch.inference_mode():
+        assert_close(fast(pixels_for(model)).logits, model(pixels_for(model)).logits)
+
+
+def test_a_build_without_the_operators_falls_back_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(blocks, "linear_works", lambda dtype: False)
+    model = build()
+    with caplog.at_level("WARNING"):
+        fast = prepare(model)
+    assert "no oneDNN linear operators" in caplog.text
+    assert isinstance(fast.vit.encoder.layer[0].ffn.fc1, BlasLinear)
+
+
+@pytest.mark.parametrize("fields", [{}, HYBRID, {"pooling": "gap"}, {"hidden_act": "gelu"}, {"qkv_bias": False}])
+def test_int8_is_near(fields):
+    model = build(**fields)
+    pixels = pixels_for(model, 16)
+    fast = prepare(model, dtype=torch.int8, calibration=[pixels[:8], pixels[8:]])
+    assert all(isinstance(block, Int8Block) for block in fast.vit.encoder.layer)
+    with torch.inference_mode():
+        expected, found = model(pixels).logits, fast(pixels).logits
+        hidden = model(pixels, output_hidden_states=True).hidden_states
+        near = fast(pixels, output_hidden_states=True, output_attentions=True)
+    assert float((found - expected).std() / expected.std()) < 0.05
+    assert [a.shape for a in near.hidden_states] == [a.shape for a in hidden]
+    assert near.attentions[0].sum(-1).allclose(torch.ones(()), atol=1e-5)
+
+
+def test_int8_products_do_not_overflow_in_16_bits():
+    ones = torch.ones(8, 768)
+    linear = onednn.Int8Linear(ones, torch.zeros(8), 1.0, 0, rows=4)
+    found = linear(torch.full((4, 768), 255, dtype=torch.uint8))
+    torch.testing.assert_close(found, torch.full((4, 8), 255.0 * 768), rtol=1e-6, atol=0)
+
+
+def test_int8_needs_pictures_and_a_gelu():
+    model = build()
+    with pytest.raises(ValueError, match="calibration"):
+        prepare(model, dtype=torch.int8)
+    with pytest.raises(ValueError, match="calibration"):
+        prepare(model, calibration=[pixels_for(model)])
+    with pytest.raises(ValueError, match="calibration is empty"):
+        prepare(model, dtype=torch.int8, calibration=[])
+    with pytest.raises(ValueError, match="hidden_act is relu"):
+        prepare(build(hidden_act="relu"), dtype=torch.int8, calibration=[pixels_for(model)])
+    with pytest.raises(ValueError, match="float16: expected"):
+        prepare(model, dtype=torch.float16)
+
+
+# -- parts
+
+
+def test_the_quick_gelu_is_the_tanh_gelu():
+    x = torch.linspace(-20, 20, 400_001).view(-1, 1)
+    x = torch.cat([x, torch.tensor([[1e15], [-1e15], [0.0]])])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(gelu_tanh_(x.clone()), F.gelu(x, approximate="tanh"), atol=2e-6, rtol=1e-6)
+
+
+def test_the_operators_of_this_build_are_found_and_agree():
+    assert onednn.linear_works(torch.float32)
+    assert onednn.int8_works()
