@@ -1,0 +1,94 @@
+"""Measuring in turn: every contender once a round, ratios within a round, so that a busy machine hits all alike."""
+
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Timing(NamedTuple):
+    """Seconds of every counted round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, as a share of the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def in_turn(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Return the time of each contender over `rounds` rounds, after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + 1):
+        for name, run in contenders.items():
+            start = clock()
+            run()
+            if i:
+                times[name].append(clock() - start)
+    return {name: Timing(seconds) for name, seconds in times.items()}
+
+
+def ratio(slower: Timing, faster: Timing) -> float:
+    """Return how many times faster the second is: the median over rounds."""
+    return statistics.median(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
+
+
+def of_process(code: str, *arguments: str) -> tuple[float, float]:
+    """Run a Python program by itself; return its CPU seconds and its peak memory in MB.
+
+    The peak is the program's own line `peak N`, in kilobytes, if it prints one.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peaks = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, (peaks[-1] if peaks else float("nan")) / 1024
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    import torch
+    import transformers
+
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    capabilities = {"vnni": torch.cpu._is_vnni_supported(), "bf16": torch.cpu._is_avx512_bf16_supported()}
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "extras": [name for name, there in capabilities.items() if there],
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def matrix_rate(threads: int) -> float:
+    """Return the best GFLOP/s of float32 matrix products of a ViT-B's shape."""
+    import torch
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    a, b, out = torch.randn(1576, 768), torch.randn(768, 3072), torch.empty(1576, 3072)
+    best = min(in_turn({"product": lambda: torch.mm(a, b, out=out)}, 15)["product"].seconds)
+    torch.set_num_threads(threads_before)
+    return 2 * 1576 * 768 * 3072 / best / 1e9
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
