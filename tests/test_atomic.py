@@ -177,7 +177,7 @@ def test_what_is_not_owned_is_carried_over(target):
 
 def test_the_current_folder_and_files_are_refused(target, monkeypatch):
     monkeypatch.chdir(target / "sub")
-    with pytest.raises(ValueError, match="holds the current folder"), atomic_folder(target):
+    with pytest.raises(ValueError, match="holds the current folder, so it cannot"), atomic_folder(target):
         pass
     with pytest.raises(NotADirectoryError, match="expected a folder, got a file"), atomic_folder(target / "a.json"):
         pass
