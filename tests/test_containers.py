@@ -100,6 +100,7 @@ def test_every_real_dtype_and_axis_order_reads_as_numpy_reads_it(tmp_path, dtype
     assert_same(read_all(tmp_path / "a.npz"), arrays)
 
 
+@pytest.mark.reliability(row="W02")
 @pytest.mark.parametrize("descr", ["|V2", "<V2"])
 def test_bfloat16_stored_as_two_byte_void_is_the_upper_half_of_float32(tmp_path, descr):
     bits = np.arange(0, 1 << 16, 7, dtype=np.uint16).reshape(-1, 1)
@@ -380,6 +381,7 @@ DEFECTIVE = {
 }
 
 
+@pytest.mark.reliability(row="W01")
 @pytest.mark.parametrize("defect", DEFECTIVE)
 def test_a_defective_npz_is_one_clear_error(tmp_path, monkeypatch, defect):
     monkeypatch.chdir(tmp_path)
@@ -403,6 +405,7 @@ def test_more_than_max_bytes_is_refused_before_reading(tmp_path):
         open_arrays(path, max_bytes=total - 1)
 
 
+@pytest.mark.reliability(row="W03")
 def test_a_zip_bomb_is_refused_from_its_directory_without_memory(tmp_path):
     with (
         zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,

@@ -128,6 +128,7 @@ def test_there_are_thirty_one_odd_files():
     assert len(READ_RIGHT) + len(REFUSED) == 31
 
 
+@pytest.mark.reliability(row="I01")
 @pytest.mark.parametrize("name", READ_RIGHT)
 def test_an_odd_picture_is_read_right(name, tmp_path):
     write, expected, tolerance = READ_RIGHT[name]
@@ -138,6 +139,7 @@ def test_an_odd_picture_is_read_right(name, tmp_path):
     assert torch.equal(read_pixels(tmp_path / name).permute(1, 2, 0), torch.from_numpy(np.array(image)))
 
 
+@pytest.mark.reliability(row="I01")
 @pytest.mark.parametrize("name", READ_RIGHT)
 def test_the_processor_reads_odd_files_alike(name, tmp_path):
     READ_RIGHT[name][0](tmp_path / name)
@@ -146,6 +148,7 @@ def test_the_processor_reads_odd_files_alike(name, tmp_path):
     assert torch.equal(from_path, processor.to_pixels(read_image(tmp_path / name)))
 
 
+@pytest.mark.reliability(row="I01")
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
 @pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
 @pytest.mark.parametrize("read", [read_image, read_pixels])
@@ -158,6 +161,7 @@ def test_what_is_no_whole_picture_is_refused_by_name(name, read, tmp_path):
     assert str(refusal.value).startswith(str(tmp_path / name) + ": ")
 
 
+@pytest.mark.reliability(row="I04")
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
     def load(self):
         raise AssertionError("decoded")
@@ -168,6 +172,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
             read(png(9000, 9000, b""), max_pixels=10**6)
 
 
+@pytest.mark.reliability(row="I04")
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 def test_the_processor_refuses_a_bomb_by_its_path(monkeypatch, tmp_path):
     def load(self):

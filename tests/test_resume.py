@@ -105,6 +105,7 @@ def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = Non
     return ends
 
 
+@pytest.mark.reliability(row="R03")
 @pytest.mark.parametrize("stop", [3, 5, 7], ids=["mid epoch 1", "end of epoch 1", "mid epoch 2"])
 @pytest.mark.parametrize(
     "settings",
@@ -124,6 +125,7 @@ def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(settings, stop, tmp_
 WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_timeout": 60.0}
 
 
+@pytest.mark.reliability(row="R03")
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 5, 7])
 @pytest.mark.parametrize(
@@ -142,6 +144,7 @@ def test_workers_do_not_matter_to_a_resumed_training(settings, changes, stop, tm
     assert_equal(whole, resumed)
 
 
+@pytest.mark.reliability(row="R03")
 def test_another_seed_is_another_training(tmp_path):
     """The negative control: these trainings are random enough to tell."""
     one, other = make_trainer(tmp_path / "one"), make_trainer(tmp_path / "other")
@@ -153,6 +156,7 @@ def test_another_seed_is_another_training(tmp_path):
     assert not torch.equal(one.model.classifier.weight, other.model.classifier.weight)
 
 
+@pytest.mark.reliability(row="R01")
 def test_every_tensor_is_that_of_the_checkpoint_before_the_first_step(tmp_path):
     first = make_trainer(tmp_path, save_strategy="steps", save_steps=4)
     first.train()
@@ -164,6 +168,7 @@ def test_every_tensor_is_that_of_the_checkpoint_before_the_first_step(tmp_path):
     assert_equal(weights(second), load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
 
 
+@pytest.mark.reliability(row="R01")
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(change, tmp_path):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
@@ -188,6 +193,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(change, tm
     assert_equal(before, weights(trainer))
 
 
+@pytest.mark.reliability(row="R02")
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_the_best_model_is_returned_whole(ema_decay, tmp_path):
     settings = {
@@ -224,6 +230,8 @@ def damage(folder: Path, how: str) -> str:
     return name
 
 
+@pytest.mark.reliability(row="R13")
+@pytest.mark.reliability(row="R06")
 @pytest.mark.parametrize("how", ["deleted", "truncated", "one bit", "no manifest", "half a manifest"])
 def test_a_damaged_checkpoint_is_skipped_and_named(how, tmp_path, caplog):
     make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
@@ -236,6 +244,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(how, tmp_path, caplog):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.reliability(row="R13")
 def test_resuming_with_nothing_complete_is_an_error(tmp_path):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     damage(tmp_path / "checkpoint-2", "deleted")
@@ -246,6 +255,7 @@ def test_resuming_with_nothing_complete_is_an_error(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint="last")
 
 
+@pytest.mark.reliability(row="R13")
 def test_averages_are_wanted_but_not_in_the_checkpoint(tmp_path):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     with pytest.raises(CheckpointError, match=r"ema\.safetensors missing"):
@@ -262,6 +272,7 @@ def test_a_checkpoint_holds_no_pickle_of_arguments_and_lists_all_its_files(tmp_p
     assert "training_args.bin" not in names
 
 
+@pytest.mark.reliability(row="R07")
 def test_a_failed_save_leaves_the_older_checkpoint_and_no_stray(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
 

@@ -34,6 +34,7 @@ def at_step(trainer: Any, step: int, action: Any) -> None:
     trainer.get_batch_samples = fetch_and_act
 
 
+@pytest.mark.reliability(row="R12")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_training_at_the_steps_end_with_an_exact_checkpoint(number, status, tmp_path):
     whole = make_trainer(tmp_path / "whole")
@@ -97,6 +98,7 @@ def start_training(tmp_path: Path, *, pause: float, **settings: Any) -> subproce
     raise AssertionError(f"the training ended with status {process.wait()}")
 
 
+@pytest.mark.reliability(row="R11")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(number, tmp_path):
@@ -107,6 +109,7 @@ def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(numb
     assert str(newest_complete_checkpoint(tmp_path / "out")) in output
 
 
+@pytest.mark.reliability(row="R11")
 @pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     with start_training(tmp_path, pause=600.0) as process:
@@ -133,6 +136,7 @@ def test_killed_at_any_moment_training_goes_on_from_the_last_whole_checkpoint(tm
         assert resumed.state.global_step == reached + 2
 
 
+@pytest.mark.reliability(row="N01")
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_a_bad_picture_stops_training_before_the_step_and_is_named(ema_decay, tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, ema_decay=ema_decay)
@@ -153,12 +157,14 @@ def test_a_bad_picture_stops_training_before_the_step_and_is_named(ema_decay, tm
         assert all(torch.isfinite(tensor).all() for tensor in weights(fresh).values())
 
 
+@pytest.mark.reliability(row="N02")
 def test_divergence_is_an_error_and_nothing_of_it_is_saved(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0.0, save_strategy="steps", save_steps=1)
     with pytest.raises(NonFiniteLossError, match=r"the (loss|norm of the gradients) is (nan|inf)"):
         trainer.train()
 
 
+@pytest.mark.reliability(row="N02")
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     trainer = make_trainer(tmp_path)
     bias = trainer.model.classifier.bias
@@ -169,6 +175,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     assert_equal(before, weights(trainer))
 
 
+@pytest.mark.reliability(row="L03")
 def test_two_trainings_do_not_share_a_folder(tmp_path):
     first, second = make_trainer(tmp_path), make_trainer(tmp_path)
     refusals = []
@@ -185,6 +192,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
     second.train()
 
 
+@pytest.mark.reliability(row="L04")
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", [True, False])
 def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persistent, tmp_path):
@@ -218,6 +226,7 @@ def stalls_at(index: int) -> Any:
     return Stalled
 
 
+@pytest.mark.reliability(row="L04")
 @pytest.mark.slow
 def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
