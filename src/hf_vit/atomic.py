@@ -137,8 +137,9 @@ def exclusive_lock(folder: str | Path) -> Generator[None]:
         if _is_at(descriptor, path):
             break
         os.close(descriptor)  # its holder removed it on leaving, between our open and our lock
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     _held_locks.add(str(path))
     try:
         yield

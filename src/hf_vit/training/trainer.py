@@ -271,7 +271,10 @@ class HfViTTrainer(Trainer):
     def _checkpoint_being_written(self, folder: Path) -> Generator[Path]:
         """Yield a hidden folder, the same on all processes, that becomes `folder` when all have written to it."""
         with contextlib.ExitStack() as stack:
-            staging = [str(stack.enter_context(atomic_folder(folder)))] if self.args.should_save else [None]
+            needed = self._bytes_of_checkpoint()
+            staging = [None]
+            if self.args.should_save:
+                staging = [str(stack.enter_context(atomic_folder(folder, needed=needed)))]
             if self.args.world_size > 1:
                 torch.distributed.broadcast_object_list(staging, src=0)
             yield Path(str(staging[0]))
@@ -279,6 +282,13 @@ class HfViTTrainer(Trainer):
             if self.args.should_save:
                 write_manifest(Path(str(staging[0])))
         self.accelerator.wait_for_everyone()
+
+    def _bytes_of_checkpoint(self) -> int:
+        """Roughly what a checkpoint takes: the weights, their average, and what the optimizer holds on this process."""
+        kept = [*self._own_model().state_dict().values(), *(self.ema.averages.values() if self.ema else ())]
+        if self.optimizer is not None and not self.args.save_only_model:
+            kept += [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.numel() * value.element_size() for value in kept if isinstance(value, torch.Tensor))
 
     def _save_state(self, staging: Path, run_dir: Path) -> None:
         best = self.state.best_global_step
