@@ -178,8 +178,9 @@ class Attention(nn.Module):
 def attention_probabilities(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Return softmax(q k^T * scaling) (B, K, N, N); the softmax is computed in float32."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, K, N, N)
+    """Return softmax(q k^T * scaling) (B, K, N, N), computed in float32: float16 ends at 65,504, as no kernel does."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(2, 3)) * scaling  # (B, K, N, N)
     if isinstance(attention_mask, torch.Tensor):
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
