@@ -31,7 +31,7 @@ from hf_vit.training.checkpointing import (
 )
 from hf_vit.training.ema import ExponentialMovingAverage
 from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, leave_signals_to_the_trainer
-from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
+from hf_vit.training.losses import DIVERGED, NonFiniteLossError, classification_loss, describe_samples
 from hf_vit.training.optimizers import SCHEDULES, MomentumSGD, clip_by_global_norm_, create_scheduler, parameter_groups
 
 
@@ -114,11 +114,11 @@ class HfViTTrainer(Trainer):
         return str(folder) if step else None
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Trainer's, and an error with the samples' names where the loss is not finite."""
+        """Trainer's, and an error with the samples' names where the loss is not finite or has diverged."""
         if "index" in inputs:
             self._batch_indices.append(inputs["index"])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        if not loss <= DIVERGED:  # NaN is not, either
             raise NonFiniteLossError(self._about_this_batch(f"the loss is {loss.item()}", self._logits))
         return loss
 
