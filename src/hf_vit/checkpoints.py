@@ -273,7 +273,9 @@ def _stored_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | 
         return None
     try:
         stored, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
-    except (RecursionError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and not local.is_file():  # a Hub id
+            raise
         raise CheckpointError(f"{source}: config.json is no object of JSON: {error!r}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{source}: config.json is no object of JSON, but a {type(stored).__name__}")

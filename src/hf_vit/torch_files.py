@@ -86,8 +86,17 @@ def find_weights(source: str | Path, hub: dict[str, Any]) -> list[Path]:
             continue
         if not name.endswith(_INDEX):
             return [Path(found)]
-        return [Path(cached_file(str(source), shard, **hub) or shard) for shard in _shards(Path(found))]
+        return [_fetched(source, shard, hub) for shard in _shards(Path(found))]
     return []
+
+
+def _fetched(source: str | Path, shard: str, hub: dict[str, Any]) -> Path:
+    try:
+        return Path(cached_file(str(source), shard, **hub) or shard)
+    except OSError as error:
+        if not Path(source).is_dir():
+            raise
+        raise CheckpointError(f"{source}: lacks the shard {shard}, which its index names; copy it again") from error
 
 
 def _shards(index: Path) -> list[str]:
