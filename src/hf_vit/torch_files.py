@@ -103,8 +103,10 @@ def _shards(index: Path) -> list[str]:
     if index.stat().st_size > _MAX_INDEX:
         raise CheckpointError(f"{index}: has {index.stat().st_size} bytes; expected an index below {_MAX_INDEX}")
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
+        stored = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(stored["weight_map"].values()))
+        if not isinstance(stored.get("metadata", {}), dict):  # transformers adds to it
+            raise TypeError("metadata is no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: is no index of shards (weight_map: tensor -> file): {error!r}") from error
     bad = [name for name in names if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name)]
