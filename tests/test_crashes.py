@@ -9,13 +9,14 @@ from test_resume import make_trainer
 
 # Imported and forked many times: a fork of a process that has imported everything starts at once.
 DRIVER = """
-import hashlib, logging, os, random, shutil, signal, torch
+import hashlib, logging, os, random, shutil, signal, threading, torch, tqdm
 from test_resume import make_trainer
 from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint
 
 logging.disable(logging.CRITICAL)
 sys.stdout = open(os.devnull, "w")  # Trainer's own
 torch.set_num_threads(1)
+tqdm.tqdm.set_lock(threading.RLock())  # its own is shared with forks: who is killed with it stops the others
 root = Path(sys.argv[1])
 STEPS = 7
 

@@ -17,13 +17,14 @@ from hf_vit.export import export_timm, export_transformers
 
 # Two models, told apart by their depth and by every number of their weights and of their configuration.
 MODELS = """
-import hashlib, logging, os, signal, torch
+import hashlib, logging, os, signal, threading, torch, tqdm
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints import convert_jax_checkpoint, write_jax_checkpoint
 from transformers.utils import logging as library_logging
 
 library_logging.disable_progress_bar()
 torch.set_num_threads(1)
+tqdm.tqdm.set_lock(threading.RLock())  # its own is shared with forks: who is killed with it stops the others
 
 def model_of(tag):
     config = HfViTConfig(

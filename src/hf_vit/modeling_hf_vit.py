@@ -382,7 +382,7 @@ class HfViTPreTrainedModel(PreTrainedModel):
             raise ImportError(f"reading {pretrained_model_name_or_path} needs the package: pip install hf-vit")
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
-    def save_pretrained(  # ty: ignore[invalid-method-override]
+    def save_pretrained(  # ty: ignore[incompatible-method-override]
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,

@@ -1,4 +1,4 @@
-"""What `save_pretrained` of every model does: a folder of ours is replaced by a complete new one, or left as it was."""
+"""What `save_pretrained` of every model does: its folder is replaced by a complete new one, or left as it was."""
 
 import os
 from collections.abc import Callable, Generator, Sequence

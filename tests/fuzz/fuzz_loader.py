@@ -31,7 +31,7 @@ from hf_vit.torch_files import open_tensors
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fuzz.fuzz_containers import Findings, mutate, same_bits  # noqa: E402
+from fuzz.fuzz_containers import Findings, mutate, same_bits
 
 
 TINY: dict[str, Any] = {
@@ -43,7 +43,25 @@ TINY: dict[str, Any] = {
     "patch_size": 4,
     "num_labels": 2,
 }
-VALUES = [None, True, -1, 0, 1, 3, 2**31, 10**30, 0.5, -1e300, float("nan"), float("inf"), "", "x", "../x", "gelu", []]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    10**30,
+    0.5,
+    -1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "gelu",
+    [],
+]
 VALUES += [{}, [1], [4, 4], {"a": 1}, "a" * 3000, [[]], {"0": None}]
 
 

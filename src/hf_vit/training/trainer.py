@@ -284,7 +284,7 @@ class HfViTTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _bytes_of_checkpoint(self) -> int:
-        """Roughly what a checkpoint takes: the weights, their average, and what the optimizer holds on this process."""
+        """Roughly what a checkpoint takes: the weights, their average, and what this process's optimizer holds."""
         kept = [*self._own_model().state_dict().values(), *(self.ema.averages.values() if self.ema else ())]
         if self.optimizer is not None and not self.args.save_only_model:
             kept += [value for state in self.optimizer.state.values() for value in state.values()]
