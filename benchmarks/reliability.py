@@ -21,7 +21,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-MINUTES = 15
+MINUTES = 20
 WIDTHS = {"id": 3, "area": 8, "check": 34, "incumbent, measured": 38, "ours, measured now": 44, "": 4}
 
 

@@ -105,7 +105,7 @@ def _shards(index: Path) -> list[str]:
     try:
         stored = json.loads(index.read_text(encoding="utf-8"))
         names = sorted(set(stored["weight_map"].values()))
-        if not isinstance(stored.get("metadata", {}), dict):  # transformers adds to it
+        if not isinstance(stored["metadata"], dict):  # transformers adds to it
             raise TypeError("metadata is no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: is no index of shards (weight_map: tensor -> file): {error!r}") from error

@@ -9,6 +9,7 @@ anything else happens (such an input is kept) or one takes over a second.
 """
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -97,7 +98,7 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
         elif change == 1:
             place[str(rng.choice(VALUES))[:50]] = place[key]
         else:
-            place[key] = rng.choice(VALUES)
+            place[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(tree).encode()
 
 

@@ -99,6 +99,8 @@ class HfViTTrainer(Trainer):
             saved = self._save_before_leaving()
             if self._signals.received is not None:
                 raise TrainingInterrupted(self._signals.received, saved) from error
+            if isinstance(error, (ConnectionError, EOFError)):  # it died while a batch was being handed over
+                error = RuntimeError(f"DataLoader worker is gone: {error!r}")
             if "DataLoader" not in str(error):
                 raise
             where = f"what was trained is saved in {saved}" if saved else "no step was made yet"
