@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src conversion examples benchmarks tests
 
-.PHONY: install demo test test-slow style quality bench
+.PHONY: install demo test test-slow style quality bench reliability
 
 install: .venv/.installed
 
@@ -32,3 +32,6 @@ quality: install
 
 bench: install
 	$(BIN)/python benchmarks/run.py
+
+reliability: install
+	$(BIN)/python benchmarks/reliability.py

@@ -177,7 +177,7 @@ def test_what_is_not_owned_is_carried_over(target):
 
 def test_the_current_folder_and_files_are_refused(target, monkeypatch):
     monkeypatch.chdir(target / "sub")
-    with pytest.raises(ValueError, match="holds the current folder"), atomic_folder(target):
+    with pytest.raises(ValueError, match="holds the current folder, so it cannot"), atomic_folder(target):
         pass
     with pytest.raises(NotADirectoryError, match="expected a folder, got a file"), atomic_folder(target / "a.json"):
         pass
@@ -187,6 +187,7 @@ def test_the_current_folder_and_files_are_refused(target, monkeypatch):
         pass
 
 
+@pytest.mark.reliability(row="L07")
 def test_modes_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
@@ -232,6 +233,7 @@ def test_a_disk_full_while_writing_leaves_the_old_folder_and_says_how_much_is_fr
     assert os.listdir(target.parent) == ["model"]
 
 
+@pytest.mark.reliability(row="R08")
 def test_a_full_disk_met_by_safetensors_is_reported_the_same_way(tmp_path):
     code = """
 import resource, sys, torch
@@ -284,6 +286,7 @@ while died:
 """
 
 
+@pytest.mark.reliability(row="R09")
 @pytest.mark.parametrize("exchange", ["yes", "no"])
 def test_sigkill_before_any_file_operation_leaves_old_or_new_and_the_next_writer_cleans_up(tmp_path, exchange):
     lines = [line.split() for line in drive(KILL_SWEEP, tmp_path / "model", exchange).splitlines()]
@@ -336,6 +339,7 @@ def test_a_living_writer_is_not_disturbed_by_another(target):
     assert os.listdir(target.parent) == ["model"]
 
 
+@pytest.mark.reliability(row="L02")
 def test_eight_writers_of_one_folder_never_interleave(tmp_path):
     code = """
 target = pathlib.Path(sys.argv[1])
@@ -360,6 +364,7 @@ def test_a_steady_folder_shows_one_state_while_it_is_replaced(target):
     assert os.listdir(target.parent) == ["model"]
 
 
+@pytest.mark.reliability(row="L01")
 def test_readers_never_see_a_mixture_while_writers_replace_the_folder(tmp_path):
     code = """
 target = pathlib.Path(sys.argv[1])
@@ -396,6 +401,7 @@ for index in range(60):
 # -- one holder -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reliability(row="L03")
 def test_a_folder_in_use_is_refused_with_the_holder_named_and_free_after_its_death(tmp_path):
     code = """
 with atomic.exclusive_lock(sys.argv[1]):

@@ -167,6 +167,7 @@ def test_every_bad_picture_is_named_in_one_error(tmp_path):
     assert "0.png" not in str(caught.value)
 
 
+@pytest.mark.reliability(row="I03")
 def test_bad_pictures_are_named_and_skipped_when_asked(tmp_path, caplog):
     names = spoil(write_folders(tmp_path, {"cat": 5, "dog": 5}))
     with caplog.at_level(logging.WARNING):
@@ -210,6 +211,8 @@ def write_odd_files(root: Path, files: dict) -> None:
         write(folder / name)
 
 
+@pytest.mark.reliability(row="I03")
+@pytest.mark.reliability(row="I01")
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
 @pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
 def test_of_the_odd_files_the_refused_are_all_named_and_the_others_are_pixel_correct(tmp_path, caplog):

@@ -130,6 +130,7 @@ def refuse(path, folder, reason):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.reliability(row="W01")
 @pytest.mark.parametrize(("damage", "reason"), DEFECTS.values(), ids=list(DEFECTS))
 def test_a_defective_checkpoint_is_refused_by_name(tmp_path, arrays, damage, reason):
     damage(arrays)
@@ -137,6 +138,7 @@ def test_a_defective_checkpoint_is_refused_by_name(tmp_path, arrays, damage, rea
     refuse(tmp_path / "x.npz", tmp_path, reason)
 
 
+@pytest.mark.reliability(row="W01")
 def test_a_member_given_twice_is_refused(tmp_path, arrays):
     np.savez(tmp_path / "x.npz", **arrays)
     member = io.BytesIO()
@@ -147,6 +149,7 @@ def test_a_member_given_twice_is_refused(tmp_path, arrays):
     refuse(tmp_path / "x.npz", tmp_path, "cls: expected one member of this name, got two")
 
 
+@pytest.mark.reliability(row="W01")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -165,6 +168,7 @@ def test_a_damaged_file_is_refused(tmp_path, arrays, change, reason):
     refuse(tmp_path / "x.npz", tmp_path, reason)
 
 
+@pytest.mark.reliability(row="W01")
 @pytest.mark.parametrize("name", ["cls", f"{DENSE}/kernel", "head/kernel"])
 def test_one_flipped_bit_is_refused(tmp_path, arrays, name):
     np.savez(tmp_path / "x.npz", **arrays)
@@ -221,6 +225,7 @@ def expected_value(array):
     return array.astype(np.float32)
 
 
+@pytest.mark.reliability(row="W02")
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "deflated"])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 def test_an_unusual_checkpoint_loads_to_the_same_bits(tmp_path, arrays, variant, save):

@@ -54,6 +54,7 @@ def test_a_second_use_opens_no_connection(tmp_path):
     assert files_in(tmp_path) == {"model.npz", "model.npz.pin.json"}
 
 
+@pytest.mark.reliability(row="L06")
 def test_three_dropped_connections_are_continued_where_they_broke(tmp_path):
     faults = ["drop 10000", "drop 20000", "drop 5000"]
     with serve(CONTENT, faults=faults, etag=strong_etag(CONTENT)) as server:
@@ -158,6 +159,7 @@ def test_an_absent_file_is_an_error_at_once(tmp_path):
         assert server.gets == 1
 
 
+@pytest.mark.reliability(row="L06")
 @pytest.mark.parametrize("knows", ["archive", "etag", "goog-hash", "catalogue"])
 def test_equal_size_corruption_on_the_way_is_fetched_again(tmp_path, knows):
     content = CONTENT if knows == "archive" else bytes(range(256)) * 100
@@ -174,6 +176,7 @@ def test_equal_size_corruption_on_the_way_is_fetched_again(tmp_path, knows):
     assert path.read_bytes() == content
 
 
+@pytest.mark.reliability(row="L06")
 def test_lasting_corruption_is_never_handed_out(tmp_path):
     with serve(CONTENT, faults=["corrupt"] * 9) as server:
         with pytest.raises(DownloadError, match="damaged"):
@@ -182,6 +185,7 @@ def test_lasting_corruption_is_never_handed_out(tmp_path):
     assert files_in(tmp_path) == set()
 
 
+@pytest.mark.reliability(row="L06")
 def test_a_file_with_another_digest_than_expected_is_refused(tmp_path):
     with serve(CONTENT) as server:
         with pytest.raises(DownloadError, match=f"sha256 {SHA256}, but {'0' * 64} was expected"):
@@ -204,6 +208,7 @@ def test_a_file_of_another_size_than_listed_is_refused(tmp_path):
         fetch_now(CatalogueEntry(server.url, size_mib=330.3), tmp_path)
 
 
+@pytest.mark.reliability(row="L06")
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "empty", "no pin", "half a pin", "another pin"])
 def test_a_damaged_cache_entry_is_noticed_and_fetched_again(tmp_path, damage):
     with serve(CONTENT) as server:
@@ -258,6 +263,7 @@ def fetch_in_process(url: str, cache_dir: Path, results) -> None:
     results.put(fetch_now(url, cache_dir).stat().st_size)
 
 
+@pytest.mark.reliability(row="L06")
 @forks
 def test_eight_processes_at_once_fetch_once(tmp_path):
     results = FORK.SimpleQueue()
@@ -272,6 +278,7 @@ def test_eight_processes_at_once_fetch_once(tmp_path):
         assert server.requests == [None, "bytes=30000-"]
 
 
+@pytest.mark.reliability(row="L06")
 @forks
 def test_a_killed_download_continues_in_another_process(tmp_path):
     content = npz_bytes(1024)
@@ -355,6 +362,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
         fetch_now(server.url, tmp_path)
 
 
+@pytest.mark.reliability(row="L07")
 def test_files_have_the_modes_of_the_umask(tmp_path):
     before = os.umask(0o022)
     try:

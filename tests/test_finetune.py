@@ -103,6 +103,7 @@ def test_fine_tuning_on_a_folder_leaves_a_model_that_pipeline_opens(model_folder
     assert answers == ["bright", "dark"]
 
 
+@pytest.mark.reliability(row="I03")
 def test_a_bad_picture_is_named_before_anything_is_trained(model_folder, picture_folder, tmp_path):
     broken = tmp_path / "pictures"
     for path in picture_folder.rglob("*.png"):
@@ -117,6 +118,7 @@ def test_a_bad_picture_is_named_before_anything_is_trained(model_folder, picture
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.reliability(row="R10")
 @pytest.mark.slow
 def test_ctrl_c_leaves_the_last_checkpoint_loadable(picture_folder, model_folder, tmp_path):
     argv = [

@@ -211,6 +211,14 @@ def test_one_commit_holds_weights_processor_code_and_card(hub):
         assert files[name] == (Path(hf_vit.__file__).parent / name).read_bytes()
 
 
+def test_saving_with_a_push_leaves_the_folder_and_pushes_under_its_name(hub, tmp_path):
+    small().save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="first")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.json", "model.safetensors"}
+    assert set(hub.files("me/mine")) == EVERYTHING | {".gitattributes"}
+    small().save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/other")
+    assert set(hub.files("me/other")) == EVERYTHING | {".gitattributes"}
+
+
 def test_the_auto_map_names_a_class_of_a_pushed_file_for_every_auto_class(hub):
     push(small(), "me/model")
     files = hub.files("me/model")

@@ -29,6 +29,7 @@ def test_a_sound_snapshot_is_checked_file_by_file(hub):
     assert verify_snapshot(snapshot_download("me/model")) == 2
 
 
+@pytest.mark.reliability(row="L06")
 def test_a_download_that_was_damaged_at_its_right_size_is_refused(hub):
     hub.fault("/storage/", corrupt=True)
     folder = snapshot_download("me/model")
@@ -38,6 +39,7 @@ def test_a_download_that_was_damaged_at_its_right_size_is_refused(hub):
         verify_snapshot(folder)
 
 
+@pytest.mark.reliability(row="L06")
 @pytest.mark.parametrize("damage", [WEIGHTS[:-1], WEIGHTS[:100] + b"\0" + WEIGHTS[101:]], ids=["truncated", "flipped"])
 def test_a_cache_that_was_damaged_later_is_refused_until_it_is_loaded_again(hub, damage):
     folder = Path(snapshot_download("me/model"))

@@ -283,6 +283,7 @@ def test_floats_keep_their_units_and_are_never_made_whole(processor_class, photo
         assert torch.allclose(got, pixels(processor, unit * 255), atol=1e-5)
 
 
+@pytest.mark.reliability(row="I01")
 def test_pictures_deeper_than_8_bits_are_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
     processor = HfViTImageProcessor(size=16, do_normalize=False, do_rescale=False)
@@ -293,6 +294,7 @@ def test_pictures_deeper_than_8_bits_are_scaled_not_clipped():
     assert torch.equal(pixels(processor, Image.fromarray(ramp.astype(np.float32) / 65535)).float(), expected)
 
 
+@pytest.mark.reliability(row="N03")
 def test_pixels_out_of_range_are_refused(photo):
     processor = HfViTImageProcessor()
     with pytest.raises(ValueError, match=r"pixels 0\.\.\.300 of torch.int64: expected 0\.\.\.255"):
@@ -344,6 +346,7 @@ def test_channels_stay_as_they_are_without_conversion(processor_class):
         assert pixels(processor, four).shape == (4, 16, 16)
 
 
+@pytest.mark.reliability(row="I02")
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_picture_comes_upright(orientation, photo, tmp_path):
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's number for the opposite turn

@@ -77,6 +77,7 @@ def test_nothing_below_imports_what_sits_on_top():
             assert not set(own_imports(path)) & ON_TOP, path
 
 
+@pytest.mark.reliability(row="W06")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_unpickles(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -313,6 +313,7 @@ def test_drop_path_grows_linearly_to_the_last_block():
     assert rates == pytest.approx([0, 0.15, 0.3])
 
 
+@pytest.mark.reliability(row="N06")
 def test_building_a_second_model_does_not_change_the_first():
     config = tiny()
     first = AutoModel.from_config(config, attn_implementation="eager")

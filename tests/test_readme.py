@@ -42,6 +42,6 @@ def test_links_lead_somewhere():
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
-@pytest.mark.parametrize("command", ["demo", "test", "test-slow", "style", "quality", "bench"])
+@pytest.mark.parametrize("command", ["demo", "test", "test-slow", "style", "quality", "bench", "reliability"])
 def test_every_make_target_is_there(command):
     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)

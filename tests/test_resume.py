@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -18,7 +19,7 @@ from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.containers import CheckpointError
 from hf_vit.training.arguments import HfViTTrainingArguments
 from hf_vit.training.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
-from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint, verify_checkpoint
+from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint, verify_checkpoint, write_manifest
 from hf_vit.training.metrics import compute_metrics, summarize_logits
 from hf_vit.training.trainer import HfViTTrainer
 
@@ -38,8 +39,8 @@ def pictures(count: int = PICTURES) -> datasets.Dataset:
     )
 
 
-def make_trainer(folder: Path, **settings: Any) -> HfViTTrainer:
-    """A trainer of a tiny model on 20 pictures, everything random switched on."""
+def make_trainer(folder: Path, *, is_random: bool = True, **settings: Any) -> HfViTTrainer:
+    """A trainer of a tiny model on 20 pictures; augmentation, dropout and dropped paths can be switched off."""
     defaults = {
         "max_steps": 12,
         "per_device_train_batch_size": 4,
@@ -62,8 +63,8 @@ def make_trainer(folder: Path, **settings: Any) -> HfViTTrainer:
         image_size=8,
         patch_size=4,
         num_labels=CLASSES,
-        hidden_dropout_prob=0.1,
-        drop_path_rate=0.1,
+        hidden_dropout_prob=0.1 * is_random,
+        drop_path_rate=0.1 * is_random,
         zero_init_head=False,
     )
     processor = HfViTImageProcessor.for_model(config)
@@ -71,7 +72,7 @@ def make_trainer(folder: Path, **settings: Any) -> HfViTTrainer:
     return HfViTTrainer(
         model=HfViTForImageClassification(config),
         args=args,
-        train_dataset=AugmentedImages(pictures(), processor, augment=Augment(), seed=args.seed),
+        train_dataset=AugmentedImages(pictures(), processor, augment=Augment() if is_random else None, seed=args.seed),
         eval_dataset=AugmentedImages(pictures(6), processor),
         data_collator=MixingCollator(CLASSES, args.mixup_alpha, seed=args.seed) if is_mixed else collate_images,
         compute_metrics=compute_metrics,
@@ -105,6 +106,7 @@ def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = Non
     return ends
 
 
+@pytest.mark.reliability(row="R03")
 @pytest.mark.parametrize("stop", [3, 5, 7], ids=["mid epoch 1", "end of epoch 1", "mid epoch 2"])
 @pytest.mark.parametrize(
     "settings",
@@ -113,8 +115,9 @@ def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = Non
         {"optim": "adamw_torch_fused", "ema_decay": 0.9, "mixup_alpha": 0.8, "label_smoothing_factor": 0.1},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "layer_decay": 0.5},
         {"eval_strategy": "steps", "eval_steps": 2},
+        {"is_random": False},
     ],
-    ids=["SGD", "AdamW, EMA, mixup", "accumulation", "evaluation between"],
+    ids=["SGD", "AdamW, EMA, mixup", "accumulation", "evaluation between", "nothing random"],
 )
 def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(settings, stop, tmp_path):
     whole, resumed = train_whole_and_in_two(tmp_path, stop, **settings)
@@ -124,6 +127,7 @@ def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(settings, stop, tmp_
 WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_timeout": 60.0}
 
 
+@pytest.mark.reliability(row="R03")
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 5, 7])
 @pytest.mark.parametrize(
@@ -134,14 +138,17 @@ WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "
         (WORKERS, {"dataloader_num_workers": 1}),
         (WORKERS, {"dataloader_num_workers": 0, "dataloader_persistent_workers": False}),
         ({}, WORKERS),
+        (WORKERS | {"is_random": False}, None),
+        (WORKERS | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "ema_decay": 0.9}, None),
     ],
-    ids=["2 persistent", "2", "2 then 1", "2 then 0", "0 then 2"],
+    ids=["2 persistent", "2", "2 then 1", "2 then 0", "0 then 2", "nothing random", "accumulation, EMA"],
 )
 def test_workers_do_not_matter_to_a_resumed_training(settings, changes, stop, tmp_path):
     whole, resumed = train_whole_and_in_two(tmp_path, stop, changes, **settings)
     assert_equal(whole, resumed)
 
 
+@pytest.mark.reliability(row="R03")
 def test_another_seed_is_another_training(tmp_path):
     """The negative control: these trainings are random enough to tell."""
     one, other = make_trainer(tmp_path / "one"), make_trainer(tmp_path / "other")
@@ -153,6 +160,7 @@ def test_another_seed_is_another_training(tmp_path):
     assert not torch.equal(one.model.classifier.weight, other.model.classifier.weight)
 
 
+@pytest.mark.reliability(row="R01")
 def test_every_tensor_is_that_of_the_checkpoint_before_the_first_step(tmp_path):
     first = make_trainer(tmp_path, save_strategy="steps", save_steps=4)
     first.train()
@@ -164,6 +172,7 @@ def test_every_tensor_is_that_of_the_checkpoint_before_the_first_step(tmp_path):
     assert_equal(weights(second), load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
 
 
+@pytest.mark.reliability(row="R01")
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(change, tmp_path):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
@@ -188,6 +197,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(change, tm
     assert_equal(before, weights(trainer))
 
 
+@pytest.mark.reliability(row="R02")
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_the_best_model_is_returned_whole(ema_decay, tmp_path):
     settings = {
@@ -224,6 +234,8 @@ def damage(folder: Path, how: str) -> str:
     return name
 
 
+@pytest.mark.reliability(row="R13")
+@pytest.mark.reliability(row="R06")
 @pytest.mark.parametrize("how", ["deleted", "truncated", "one bit", "no manifest", "half a manifest"])
 def test_a_damaged_checkpoint_is_skipped_and_named(how, tmp_path, caplog):
     make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
@@ -236,6 +248,55 @@ def test_a_damaged_checkpoint_is_skipped_and_named(how, tmp_path, caplog):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def spoil(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "one bit":
+        content[len(content) // 3] ^= 4
+        path.write_bytes(content)
+    else:
+        path.write_bytes(b"\x80\x02cos\nsystem\n(S'touch ran'\ntR.")
+
+
+@pytest.mark.reliability(row="R06")
+def test_whatever_is_damaged_in_a_checkpoint_it_is_skipped_and_the_older_one_taken(figure, tmp_path, caplog):
+    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, ema_decay=0.5).train()
+    newest, cases = tmp_path / "checkpoint-4", 0
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        for how in ("deleted", "emptied", "cut", "one bit", "pickle"):
+            spoil(path, how)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2", (path.name, how)
+            assert "skipped a damaged checkpoint" in caplog.text
+            assert path.name in caplog.text or path.name == "manifest.json"  # whose damage may show at another file
+            path.write_bytes(content)
+            cases += 1
+    assert newest_complete_checkpoint(tmp_path) == newest
+    assert cases >= 45
+    figure("damages skipped and named", f"{cases}/{cases}")
+
+
+@pytest.mark.reliability(row="R06")
+@pytest.mark.reliability(row="W06")
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_pickle_with_a_manifest_that_fits_runs_no_code(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()
+    spoil(tmp_path / "out" / "checkpoint-2" / name, "pickle")
+    write_manifest(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises((CheckpointError, UnpicklingError), match=r"Weights only load failed|cannot be read"):
+        make_trainer(tmp_path / "out").train(resume_from_checkpoint="last")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.reliability(row="R13")
 def test_resuming_with_nothing_complete_is_an_error(tmp_path):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     damage(tmp_path / "checkpoint-2", "deleted")
@@ -246,6 +307,7 @@ def test_resuming_with_nothing_complete_is_an_error(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint="last")
 
 
+@pytest.mark.reliability(row="R13")
 def test_averages_are_wanted_but_not_in_the_checkpoint(tmp_path):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     with pytest.raises(CheckpointError, match=r"ema\.safetensors missing"):
@@ -262,6 +324,7 @@ def test_a_checkpoint_holds_no_pickle_of_arguments_and_lists_all_its_files(tmp_p
     assert "training_args.bin" not in names
 
 
+@pytest.mark.reliability(row="R07")
 def test_a_failed_save_leaves_the_older_checkpoint_and_no_stray(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
 

@@ -91,6 +91,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.reliability(row="W04")
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defective_weights_raise(folder, defect):
     change, words = DEFECTS[defect]
@@ -109,6 +110,7 @@ def test_missing_and_left_over_tensors_are_listed_together(folder):
         HfViTForImageClassification.from_pretrained(folder)
 
 
+@pytest.mark.reliability(row="W04")
 def test_a_head_of_another_width_is_made_new_only_when_asked_for(folder):
     config = json.loads((folder / "config.json").read_text())
     config["id2label"] = {str(i): str(i) for i in range(4)}
@@ -139,6 +141,7 @@ def test_a_truncated_file_raises_the_one_error(folder):
 # -- shards
 
 
+@pytest.mark.reliability(row="W05")
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..", "sub/x", "", 7, None])
 @pytest.mark.parametrize("kind", ["own", "transformers"])
 def test_a_shard_outside_the_folder_is_refused_before_it_is_read(tmp_path, kind, name):
@@ -155,6 +158,7 @@ def test_a_shard_outside_the_folder_is_refused_before_it_is_read(tmp_path, kind,
         HfViTForImageClassification.from_pretrained(folder)
 
 
+@pytest.mark.reliability(row="W05")
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": {}}}', "[" * 100_000])
 def test_an_index_that_is_none_raises_the_one_error(tmp_path, text):
     HfViTConfig(**TINY).save_pretrained(tmp_path)
@@ -211,6 +215,7 @@ HOSTILE_TIMM = [
 ]
 
 
+@pytest.mark.reliability(row="W05")
 @pytest.mark.parametrize("fields", HOSTILE, ids=str)
 @pytest.mark.parametrize("kind", ["own", "transformers"])
 def test_a_configuration_that_no_model_has_is_refused_with_the_name_of_the_file(tmp_path, kind, fields):
@@ -285,6 +290,7 @@ COSTLY = [
 ]
 
 
+@pytest.mark.reliability(row="W05")
 @pytest.mark.parametrize("kind", ["own", "transformers"])
 def test_an_impossible_folder_is_refused_within_a_second_and_without_memory(tmp_path, kind):
     cases = [*COSTLY, *([{"num_labels": 10**9, "id2label": None}] if kind == "own" else [])]
@@ -300,6 +306,7 @@ def test_an_impossible_folder_is_refused_within_a_second_and_without_memory(tmp_
         assert growth < 50_000_000, fields
 
 
+@pytest.mark.reliability(row="W05")
 @pytest.mark.parametrize(
     "fields", [{"hidden_size": 16_384, "num_hidden_layers": 20, "intermediate_size": 65_536}, {"image_size": 8_000}]
 )
@@ -312,6 +319,7 @@ def test_a_large_configuration_over_small_weights_is_refused_before_a_model_is_b
         HfViTForImageClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.reliability(row="W05")
 def test_heads_that_the_original_checkpoint_did_not_have_are_refused(tmp_path):
     model = randomised(HfViTForImageClassification(HfViTConfig(**TINY)))
     write_jax_checkpoint(model.state_dict(), model.config, tmp_path / "m.npz")
@@ -346,6 +354,7 @@ class Evil:
         return (exec, ("raise SystemExit('code ran')",))
 
 
+@pytest.mark.reliability(row="W06")
 @pytest.mark.parametrize("name", ["model.pth", "model.bin", "pytorch_model.bin"])
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, name):
     torch.save({"cls_token": Evil()}, tmp_path / name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_resume import CLASSES, WORKERS, assert_equal, make_trainer, pictures, weights
 from torch import nn
 
@@ -34,6 +35,7 @@ def at_step(trainer: Any, step: int, action: Any) -> None:
     trainer.get_batch_samples = fetch_and_act
 
 
+@pytest.mark.reliability(row="R12")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_training_at_the_steps_end_with_an_exact_checkpoint(number, status, tmp_path):
     whole = make_trainer(tmp_path / "whole")
@@ -97,6 +99,25 @@ def start_training(tmp_path: Path, *, pause: float, **settings: Any) -> subproce
     raise AssertionError(f"the training ended with status {process.wait()}")
 
 
+@pytest.mark.reliability(row="R10")
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, WORKERS], ids=["0 workers", "2 workers"])
+def test_sigterm_to_the_process_saves_at_once_and_leaves_with_its_own_status(settings, figure, tmp_path):
+    with start_training(tmp_path, pause=0.0, **settings) as process:
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        output = next(line for line in process.stdout if "is saved in" in line)
+        seconds = time.monotonic() - start
+        process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert str(newest_complete_checkpoint(tmp_path / "out")) in output
+    assert {path.name.partition("-")[0] for path in (tmp_path / "out").iterdir()} == {"checkpoint"}
+    figure("exit status", "143")
+    figure("seconds until saved", seconds, at_most=2.0)
+
+
+@pytest.mark.reliability(row="R11")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(number, tmp_path):
@@ -107,6 +128,7 @@ def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(numb
     assert str(newest_complete_checkpoint(tmp_path / "out")) in output
 
 
+@pytest.mark.reliability(row="R11")
 @pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     with start_training(tmp_path, pause=600.0) as process:
@@ -118,30 +140,17 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert checkpoints_of(tmp_path / "out") == []
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
-    for attempt in range(3):
-        settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
-        with start_training(tmp_path, pause=0.0, **settings) as process:
-            time.sleep(0.05 + 0.13 * attempt)
-            process.kill()
-        found = newest_complete_checkpoint(tmp_path / "out")
-        reached = int(found.name.partition("-")[2])
-        assert reached >= 1
-        resumed = make_trainer(tmp_path / "out", max_steps=reached + 2)
-        resumed.train(resume_from_checkpoint=str(found))
-        assert resumed.state.global_step == reached + 2
-
-
+@pytest.mark.reliability(row="N01")
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_a_bad_picture_stops_training_before_the_step_and_is_named(ema_decay, tmp_path):
+@pytest.mark.parametrize("pixel", [1e30, float("nan"), float("inf")])
+def test_a_bad_pixel_stops_training_before_the_step_and_is_named(pixel, ema_decay, tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, ema_decay=ema_decay)
     prepare = trainer.train_dataset._prepare
 
     def poisoned(row: Any, index: int, epoch: int) -> dict:
         sample = prepare(row, index, epoch)
         if index == 7:
-            sample["pixel_values"][0, 3, 3] = 1e30
+            sample["pixel_values"][0, 3, 3] = pixel
         return sample
 
     trainer.train_dataset._prepare = poisoned
@@ -153,12 +162,27 @@ def test_a_bad_picture_stops_training_before_the_step_and_is_named(ema_decay, tm
         assert all(torch.isfinite(tensor).all() for tensor in weights(fresh).values())
 
 
-def test_divergence_is_an_error_and_nothing_of_it_is_saved(tmp_path):
-    trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0.0, save_strategy="steps", save_steps=1)
-    with pytest.raises(NonFiniteLossError, match=r"the (loss|norm of the gradients) is (nan|inf)"):
+@pytest.mark.reliability(row="N02")
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_divergence_is_an_error_and_nothing_of_it_is_saved(warmup, clip, optim, tmp_path):
+    settings = {"optim": optim, "max_grad_norm": clip, "warmup_steps": warmup, "max_steps": 40}
+    trainer = make_trainer(tmp_path, learning_rate=1e6, save_strategy="steps", save_steps=1, **settings)
+    with pytest.raises(NonFiniteLossError, match=r"the (loss|norm of the gradients) is \S+ at step \d+, before"):
         trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(loss < 1e4 for loss in losses)
+    for folder in checkpoints_of(tmp_path):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "model.safetensors").values())
 
 
+def test_the_stock_way_to_save_on_sigterm_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="enable_jit_checkpoint must be false"):
+        make_trainer(tmp_path, enable_jit_checkpoint=True)
+
+
+@pytest.mark.reliability(row="N02")
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     trainer = make_trainer(tmp_path)
     bias = trainer.model.classifier.bias
@@ -169,6 +193,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     assert_equal(before, weights(trainer))
 
 
+@pytest.mark.reliability(row="L03")
 def test_two_trainings_do_not_share_a_folder(tmp_path):
     first, second = make_trainer(tmp_path), make_trainer(tmp_path)
     refusals = []
@@ -185,12 +210,16 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
     second.train()
 
 
+@pytest.mark.reliability(row="L04")
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", [True, False])
-def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persistent, tmp_path):
+def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persistent, figure, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1000, **(WORKERS | {"dataloader_persistent_workers": persistent}))
 
+    begin = []
+
     def kill_the_workers() -> None:
+        begin.append(time.monotonic())
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         for pid in children:
             if _command(pid) == _command("self"):  # forked, and not one of multiprocessing's own helpers
@@ -199,6 +228,7 @@ def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persisten
     at_step(trainer, 4, kill_the_workers)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* what was trained is saved in .*checkpoint-\d+"):
         trainer.train()
+    figure("seconds from kill to error", time.monotonic() - begin[0], at_most=5.0)
     newest_complete_checkpoint(tmp_path)
 
 
@@ -218,14 +248,17 @@ def stalls_at(index: int) -> Any:
     return Stalled
 
 
+@pytest.mark.reliability(row="L04")
 @pytest.mark.slow
-def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(tmp_path):
+def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(figure, tmp_path):
+    assert 0 < make_trainer(tmp_path).args.dataloader_timeout < float("inf")  # the default
     trainer = make_trainer(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
     processor = HfViTImageProcessor.for_model(trainer.model.config)
     trainer.train_dataset = stalls_at(3)(pictures(), processor)
     with pytest.raises(RuntimeError, match=r"timed out after 2.* seconds.*saved in"):
         trainer.train()
     newest_complete_checkpoint(tmp_path)
+    figure("stall: error and checkpoint after", "the timeout set (2 s; 300 by default)")
 
 
 def test_soft_labels_give_the_same_loss_as_hard_ones_and_leave_the_model_as_it_is(tmp_path):

@@ -137,8 +137,9 @@ def exclusive_lock(folder: str | Path) -> Generator[None]:
         if _is_at(descriptor, path):
             break
         os.close(descriptor)  # its holder removed it on leaving, between our open and our lock
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     _held_locks.add(str(path))
     try:
         yield
@@ -147,6 +148,23 @@ def exclusive_lock(folder: str | Path) -> Generator[None]:
         if _is_at(descriptor, path):
             path.unlink()
         os.close(descriptor)
+
+
+def why_irreplaceable(folder: Path) -> str | None:
+    """Say why `folder` (a resolved path) cannot be exchanged for another, if so: the end of a sentence about it."""
+    with contextlib.suppress(FileNotFoundError):  # the current folder itself may be gone
+        if Path.cwd().is_relative_to(folder):
+            return "holds the current folder"
+    if os.path.ismount(folder):
+        return "is a mount point"
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
+        return "lies in a folder that may not be written"
+    return None
+
+
+def is_being_written(folder: Path) -> bool:
+    """Say whether `folder` is, or lies in, the temporary folder of a writer."""
+    return any(re.fullmatch(r"\..*\.[0-9a-f]{16}\.partial", part) for part in folder.parts)
 
 
 # -- the hidden sibling -----------------------------------------------------------------------------------------------
@@ -261,17 +279,11 @@ def _explain_disk_full(code: int, staging: Path, needed: int | None) -> str:
 
 
 def _check_replaceable(target: Path) -> None:
-    is_current = False
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "expected a folder, got a file; choose another name", str(target))
-    with contextlib.suppress(FileNotFoundError):  # the current folder itself may be gone
-        is_current = Path.cwd().is_relative_to(target)
-    if is_current:
-        raise ValueError(
-            f"{target} holds the current folder, which cannot be replaced whole: write to a folder inside it"
-        )
-    if os.path.ismount(target):
-        raise ValueError(f"{target} is a mount point, which cannot be replaced whole: write to a folder inside it")
+    reason = why_irreplaceable(target)
+    if reason is not None:
+        raise ValueError(f"{target} {reason}, so it cannot be replaced whole: write to a folder inside it")
 
 
 def _settle(staging: Path) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .atomic import atomic_folder
+from .atomic import atomic_folder, steady_folder
 from .configuration_hf_vit import HfViTConfig
 from .containers import CheckpointError
 from .foreign import UNFIT, Checkpoint, is_finite, listing, two_lists, updated
@@ -55,13 +55,28 @@ def load_pretrained(cls: type[HfViTPreTrainedModel], source: str | Path | None, 
     """What `from_pretrained` of every model does. See `HfViTPreTrainedModel.from_pretrained`."""
     if source is None:  # weights given as state_dict=
         return super(HfViTPreTrainedModel, cls).from_pretrained(None, *model_args, **kwargs)
+    if not Path(source).is_dir():
+        return _load(cls, source, str(source), *model_args, **kwargs)
+    with steady_folder(source) as steady:  # one state of it, even if it is replaced meanwhile
+        try:
+            loaded: Any = _load(cls, steady, str(source), *model_args, **kwargs)
+        except Exception as error:
+            steady_name, name = str(steady), str(source)
+            error.args = tuple(arg.replace(steady_name, name) if isinstance(arg, str) else arg for arg in error.args)
+            raise
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = str(source)
+        return loaded
+
+
+def _load(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *model_args: Any, **kwargs: Any):
     try:
         opener = _foreign(cls, source, kwargs)
         if opener is None:
-            return _load_own(cls, source, *model_args, **kwargs)
-        return _load_foreign(cls, opener, str(source), **kwargs)
+            return _load_own(cls, source, label, *model_args, **kwargs)
+        return _load_foreign(cls, opener, label, **kwargs)
     except StrictDataclassError as error:  # of a field that the caller gave; those of files are named below
-        raise CheckpointError(f"{source}: {error}") from error
+        raise CheckpointError(f"{label}: {error}") from error
 
 
 def plan_conversion(
@@ -242,7 +257,9 @@ def _stored_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | 
         return None
     try:
         stored, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
-    except (RecursionError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and not local.is_file():  # a Hub id
+            raise
         raise CheckpointError(f"{source}: config.json is no object of JSON: {error!r}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{source}: config.json is no object of JSON, but a {type(stored).__name__}")
@@ -287,7 +304,7 @@ def _load_foreign(cls: type[HfViTPreTrainedModel], opener: Opener, label: str, *
 # -- our own layout
 
 
-def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: Any, **kwargs: Any):
+def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *model_args: Any, **kwargs: Any):
     """A folder or a Hub id in our own layout."""
     hub, wanted, config = _hub_arguments(kwargs), kwargs.pop("image_size", None), kwargs.get("config")
     asked = config is not None or any(name in kwargs for name in ("num_labels", "id2label"))
@@ -307,7 +324,7 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, *model_args: 
             _check_headers(cls, source, own, hub, allow_new_head=asked, left_out=left_out)
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
-    result = _load_strictly(cls, source, str(source), *model_args, allow_new_head=asked, left_out=left_out, **kwargs)
+    result = _load_strictly(cls, source, label, *model_args, allow_new_head=asked, left_out=left_out, **kwargs)
     if not Path(source).is_dir():
         verify_download(source, **{name: hub[name] for name in ("cache_dir", "revision", "subfolder") if name in hub})
     if wanted is not None:

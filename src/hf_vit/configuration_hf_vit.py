@@ -1,5 +1,7 @@
 """The configuration of a Vision Transformer, and the named models of the papers as deltas of one default."""
 
+import importlib
+import os
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -163,6 +165,14 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"no preset is called {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write the fields as JSON; with the package installed, the file appears whole or not at all."""
+        atomic = installed_module("atomic")
+        if atomic is None:
+            return super().to_json_file(json_file_path, use_diff)
+        with atomic.atomic_file(json_file_path) as temporary:
+            return super().to_json_file(temporary, use_diff)
+
     @property
     def stem_stride(self) -> int:
         """Pixels of the picture per pixel of the stem's output: 1 without a stem, 4 for a root, x2 a later stage."""
@@ -254,6 +264,16 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         _in_range("initializer_range", self.initializer_range, 0, 10)
+
+
+def installed_module(name: str) -> Any:
+    """Return a module of the installed package, or None in a copy of this file on a machine without it."""
+    try:
+        return importlib.import_module(f"hf_vit.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("hf_vit", f"hf_vit.{name}"):
+            raise
+        return None
 
 
 def stem_stride(resnet_layers: list[int] | tuple[int, ...] | None) -> int:

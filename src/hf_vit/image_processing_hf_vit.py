@@ -43,6 +43,8 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
+from .configuration_hf_vit import installed_module
+
 
 logger = logging.get_logger(__name__)
 
@@ -484,6 +486,14 @@ class _Protocols(BaseImageProcessor):
         elif "size" in kwargs and fields.get("crop_pct"):
             fields.pop("crop_size", None)  # the size given is that of the result
         return super().from_dict(fields, **kwargs)
+
+    def to_json_file(self, json_file_path: str | PathLike) -> None:
+        """Write the fields as JSON; with the package installed, the file appears whole or not at all."""
+        atomic = installed_module("atomic")
+        if atomic is None:
+            return super().to_json_file(json_file_path)
+        with atomic.atomic_file(json_file_path) as temporary:
+            return super().to_json_file(temporary)
 
     def fetch_images(self, image_url_or_urls):
         """Returns pictures for paths, opened from the allowed formats; URLs and base64 are left to transformers."""

@@ -7,8 +7,8 @@ Source: vit_jax/models_vit.py (c6de1e5); big_vision/models/vit.py (0127fb6).
 """
 
 import copy
-import importlib
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_hf_vit import HfViTConfig
+from .configuration_hf_vit import HfViTConfig, installed_module
 from .position_embeddings import resample_position_embeddings, sincos2d_position_embeddings
 from .resnetv2 import ResNetV2
 
@@ -185,8 +185,9 @@ class Attention(nn.Module):
 def attention_probabilities(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Return softmax(q k^T * scaling) (B, K, N, N); the softmax is computed in float32."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, K, N, N)
+    """Return softmax(q k^T * scaling) (B, K, N, N), computed in float32: float16 ends at 65,504, as no kernel does."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(2, 3)) * scaling  # (B, K, N, N)
     if isinstance(attention_mask, torch.Tensor):
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -408,12 +409,25 @@ class HfViTPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if a tensor is missing, left over, mis-shaped or not finite.
         """
-        checkpoints = _installed_module("checkpoints")
+        checkpoints = installed_module("checkpoints")
         if checkpoints is not None:
             return checkpoints.load_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         if re.search(r"\.(npz|bin|pth|pt)$|^(gs|https?)://", str(pretrained_model_name_or_path)):
             raise ImportError(f"reading {pretrained_model_name_or_path} needs the package: pip install hf-vit")
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(  # ty: ignore[incompatible-method-override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Save as transformers does; with the package installed, the folder is replaced whole or left as it was."""
+        saving, write = installed_module("saving"), super().save_pretrained
+        is_shared = kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process)
+        if saving is None or is_shared:
+            return write(save_directory, is_main_process=is_main_process, **kwargs)
+        return saving.save_whole(self, write, save_directory, **kwargs)
 
     @property
     def _embeddings(self) -> Embeddings:
@@ -423,7 +437,7 @@ class HfViTPreTrainedModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any):
         """Push with image processor, code and card in one commit; without the package, as transformers does."""
-        hub = _installed_module("hub")
+        hub = installed_module("hub")
         return super().push_to_hub(repo_id, **kwargs) if hub is None else hub.push(self, repo_id, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -677,16 +691,6 @@ class HfViTBackbone(BackboneMixin, HfViTPreTrainedModel):
         if not self.config.reshape_hidden_states:
             return tokens
         return tokens[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
-
-
-def _installed_module(name: str):
-    """Return a module of the installed package, or None in a copy of this file on a machine without it."""
-    try:
-        return importlib.import_module(f"hf_vit.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("hf_vit", f"hf_vit.{name}"):
-            raise
-        return None
 
 
 __all__ = [

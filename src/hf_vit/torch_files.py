@@ -86,16 +86,27 @@ def find_weights(source: str | Path, hub: dict[str, Any]) -> list[Path]:
             continue
         if not name.endswith(_INDEX):
             return [Path(found)]
-        return [Path(cached_file(str(source), shard, **hub) or shard) for shard in _shards(Path(found))]
+        return [_fetched(source, shard, hub) for shard in _shards(Path(found))]
     return []
+
+
+def _fetched(source: str | Path, shard: str, hub: dict[str, Any]) -> Path:
+    try:
+        return Path(cached_file(str(source), shard, **hub) or shard)
+    except OSError as error:
+        if not Path(source).is_dir():
+            raise
+        raise CheckpointError(f"{source}: lacks the shard {shard}, which its index names; copy it again") from error
 
 
 def _shards(index: Path) -> list[str]:
     if index.stat().st_size > _MAX_INDEX:
         raise CheckpointError(f"{index}: has {index.stat().st_size} bytes; expected an index below {_MAX_INDEX}")
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
+        stored = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(stored["weight_map"].values()))
+        if not isinstance(stored["metadata"], dict):  # transformers adds to it
+            raise TypeError("metadata is no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: is no index of shards (weight_map: tensor -> file): {error!r}") from error
     bad = [name for name in names if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name)]

@@ -62,6 +62,8 @@ class HfViTTrainingArguments(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be false: it would remove the pictures before their transform"
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError("enable_jit_checkpoint must be false: this trainer saves on SIGTERM itself, and says so")
         if self.momentum_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"momentum_dtype is {self.momentum_dtype!r}, expected bfloat16 or float32")
         if not 0 <= self.ema_decay < 1:

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 
+DIVERGED = 1e4  # nats; guessing among a million classes costs 14
 _NAMED = 8
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss or gradient is not finite; the optimizer has not moved the weights by it."""
+    """A loss or gradient is not finite, or beyond all measure; the optimizer has not moved the weights by it."""
 
 
 def classification_loss(

@@ -31,7 +31,7 @@ from hf_vit.training.checkpointing import (
 )
 from hf_vit.training.ema import ExponentialMovingAverage
 from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, leave_signals_to_the_trainer
-from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
+from hf_vit.training.losses import DIVERGED, NonFiniteLossError, classification_loss, describe_samples
 from hf_vit.training.optimizers import SCHEDULES, MomentumSGD, clip_by_global_norm_, create_scheduler, parameter_groups
 
 
@@ -99,6 +99,8 @@ class HfViTTrainer(Trainer):
             saved = self._save_before_leaving()
             if self._signals.received is not None:
                 raise TrainingInterrupted(self._signals.received, saved) from error
+            if isinstance(error, (ConnectionError, EOFError)):  # it died while a batch was being handed over
+                error = RuntimeError(f"DataLoader worker is gone: {error!r}")
             if "DataLoader" not in str(error):
                 raise
             where = f"what was trained is saved in {saved}" if saved else "no step was made yet"
@@ -114,11 +116,11 @@ class HfViTTrainer(Trainer):
         return str(folder) if step else None
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Trainer's, and an error with the samples' names where the loss is not finite."""
+        """Trainer's, and an error with the samples' names where the loss is not finite or has diverged."""
         if "index" in inputs:
             self._batch_indices.append(inputs["index"])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        if not loss <= DIVERGED:  # NaN is not, either
             raise NonFiniteLossError(self._about_this_batch(f"the loss is {loss.item()}", self._logits))
         return loss
 
@@ -271,7 +273,10 @@ class HfViTTrainer(Trainer):
     def _checkpoint_being_written(self, folder: Path) -> Generator[Path]:
         """Yield a hidden folder, the same on all processes, that becomes `folder` when all have written to it."""
         with contextlib.ExitStack() as stack:
-            staging = [str(stack.enter_context(atomic_folder(folder)))] if self.args.should_save else [None]
+            needed = self._bytes_of_checkpoint()
+            staging = [None]
+            if self.args.should_save:
+                staging = [str(stack.enter_context(atomic_folder(folder, needed=needed)))]
             if self.args.world_size > 1:
                 torch.distributed.broadcast_object_list(staging, src=0)
             yield Path(str(staging[0]))
@@ -279,6 +284,13 @@ class HfViTTrainer(Trainer):
             if self.args.should_save:
                 write_manifest(Path(str(staging[0])))
         self.accelerator.wait_for_everyone()
+
+    def _bytes_of_checkpoint(self) -> int:
+        """Roughly what a checkpoint takes: the weights, their average, and what this process's optimizer holds."""
+        kept = [*self._own_model().state_dict().values(), *(self.ema.averages.values() if self.ema else ())]
+        if self.optimizer is not None and not self.args.save_only_model:
+            kept += [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.numel() * value.element_size() for value in kept if isinstance(value, torch.Tensor))
 
     def _save_state(self, staging: Path, run_dir: Path) -> None:
         best = self.state.best_global_step

@@ -1,0 +1,185 @@
+"""Mutational fuzzing of what `from_pretrained` reads: safetensors, shard indexes, configurations, state dicts.
+
+    python tests/fuzz/fuzz_loader.py --inputs 40000 --seed 0
+
+Each input is one file of a sound folder, mutated: bytes, cuts, copies, tokens; in JSON also values. A file of weights
+goes through the reader of such files, one input in four through the whole of `from_pretrained`. Two outcomes are
+allowed: a `CheckpointError`, or finite weights that are written and read again bit for bit. The exit status is 1 if
+anything else happens (such an input is kept) or one takes over a second.
+"""
+
+import argparse
+import copy
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.utils import logging
+
+from hf_vit import HfViTConfig, HfViTForImageClassification
+from hf_vit.containers import CheckpointError
+from hf_vit.torch_files import open_tensors
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fuzz.fuzz_containers import Findings, mutate, same_bits
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 2,
+}
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    10**30,
+    0.5,
+    -1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "gelu",
+    [],
+]
+VALUES += [{}, [1], [4, 4], {"a": 1}, "a" * 3000, [[]], {"0": None}]
+
+
+def make_folders(root: Path) -> list[Path]:
+    """Sound folders: our layout in one file, in shards, transformers' layout, and a pickled state dict."""
+    torch.manual_seed(0)
+    model, stock = HfViTForImageClassification(HfViTConfig(**TINY)), ViTForImageClassification(ViTConfig(**TINY))
+    for single in (model, stock):
+        for parameter in single.parameters():
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(root / "own")
+    model.save_pretrained(root / "shards", max_shard_size="1KB")
+    stock.save_pretrained(root / "stock")
+    (root / "pickled").mkdir()
+    stock.config.save_pretrained(root / "pickled")
+    torch.save(stock.state_dict(), root / "pickled" / "pytorch_model.bin")
+    return sorted(root.iterdir())
+
+
+def mutate_json(content: bytes, rng: random.Random) -> bytes:
+    """Replace, remove or add values in a JSON object, at any depth."""
+    tree = json.loads(content)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        place = tree
+        while True:
+            key = rng.choice(list(place))
+            if not (isinstance(place[key], dict) and place[key] and rng.random() < 0.7):
+                break
+            place = place[key]
+        change = rng.randrange(4)
+        if change == 0 and len(place) > 1:
+            del place[key]
+        elif change == 1:
+            place[str(rng.choice(VALUES))[:50]] = place[key]
+        else:
+            place[key] = copy.deepcopy(rng.choice(VALUES))
+    return json.dumps(tree).encode()
+
+
+def read_file(path: Path, again: Path) -> None:
+    """Read a file of weights tensor by tensor; raises AssertionError if what is accepted does not round-trip."""
+    with open_tensors([path]) as tensors:
+        found = {name: tensors.read(name).contiguous().clone() for name in tensors.shapes}
+    save_file(found, again)
+    with open_tensors([again]) as tensors:
+        assert found.keys() == tensors.shapes.keys(), "other names come back"
+        assert all(same_bits(tensors.read(name), tensor) for name, tensor in found.items()), "does not round-trip"
+
+
+def load_folder(folder: Path, again: Path) -> None:
+    """Load a model; raises AssertionError if one that is accepted is not finite or does not round-trip."""
+    model = HfViTForImageClassification.from_pretrained(folder)
+    state = model.state_dict()
+    assert all(tensor.isfinite().all() for tensor in state.values()), "is accepted and not finite"
+    model.save_pretrained(again)
+    other = HfViTForImageClassification.from_pretrained(again).state_dict()
+    assert state.keys() == other.keys(), "other names come back"
+    assert all(same_bits(state[name], tensor) for name, tensor in other.items()), "does not round-trip"
+
+
+def check(content: bytes, action: Callable[[], None], findings: Findings) -> None:
+    start = time.perf_counter()
+    try:
+        action()
+        findings.outcomes["accepted"] += 1
+    except CheckpointError:
+        findings.outcomes["refused"] += 1
+    except Exception as error:
+        findings.failures.append((f"{type(error).__name__}: {error}", content))
+    findings.slowest = max(findings.slowest, time.perf_counter() - start)
+
+
+def run(inputs: int, seed: int) -> Findings:
+    """Check `inputs` mutated files; the same seed gives the same files."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    rng, findings = random.Random(seed), Findings()
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of what it is about to refuse
+        root = Path(temporary)
+        folders = make_folders(root / "sound")
+        weights = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix != ".json"]
+        for folder in folders:
+            load_folder(folder, root / "again")  # the first pays for imports
+        for number in range(inputs):
+            if number % 4:
+                path = rng.choice(weights)
+                mutated = root / f"file{path.suffix}"
+                content = mutate(path.read_bytes(), rng.choice(weights).read_bytes(), rng)
+                mutated.write_bytes(content)
+                check(content, lambda path=mutated: read_file(path, root / "again.safetensors"), findings)
+                continue
+            folder = rng.choice(folders)
+            shutil.rmtree(root / "folder", ignore_errors=True)
+            shutil.copytree(folder, root / "folder")
+            path = rng.choice(sorted((root / "folder").iterdir()))
+            is_json = path.suffix == ".json" and rng.random() < 0.7
+            content = path.read_bytes()
+            content = mutate_json(content, rng) if is_json else mutate(content, content, rng)
+            path.write_bytes(content)
+            check(content, lambda: load_folder(root / "folder", root / "again"), findings)
+    return findings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=40_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    findings = run(arguments.inputs, arguments.seed)
+    print(f"{arguments.inputs} inputs: {dict(findings.outcomes)}, slowest {findings.slowest * 1000:.0f} ms")
+    for index, (what, content) in enumerate(findings.failures):
+        kept = Path(tempfile.gettempdir()) / f"fuzz_loader_{arguments.seed}_{index}"
+        kept.write_bytes(content)
+        print(f"{kept}: {what}")
+    return int(bool(findings.failures) or findings.slowest > 1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
