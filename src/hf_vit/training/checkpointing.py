@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_vit.containers import CheckpointError
+from hf_vit.training.sharding import put
 
 
 logger = logging.getLogger(__name__)
@@ -80,22 +81,32 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Puts the weights saved in a checkpoint into `model`, every tensor of both.
+    """Puts the weights saved in a checkpoint into `model`, every tensor of both; of adapters, all that PEFT saved.
 
     Raises:
         CheckpointError: if a tensor is missing, left over or of another shape, or the file cannot be read.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
+    targets = model.state_dict()
     try:
-        if index.is_file():
+        if (folder / "adapter_config.json").is_file():
+            names, targets = ["adapter_model.safetensors"], _adapter_tensors(model)
+        elif index.is_file():
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         else:
             names = ["model.safetensors"]
         tensors = {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
-    restore_tensors(tensors, model.state_dict(), origin=str(folder))
+    restore_tensors(tensors, targets, origin=str(folder))
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What PEFT saves of a model, by the names it saves them under."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)
 
 
 @torch.no_grad()
@@ -120,7 +131,7 @@ def restore_tensors(saved: Mapping[str, torch.Tensor], targets: Mapping[str, tor
     if problems:
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(problems)}")
     for name, target in targets.items():
-        target.copy_(saved[name])
+        put(target, saved[name])
 
 
 def _sha256(path: Path) -> str:

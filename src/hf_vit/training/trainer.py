@@ -21,7 +21,8 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from hf_vit.atomic import atomic_folder, exclusive_lock
 from hf_vit.containers import CheckpointError
 from hf_vit.training.arguments import HfViTTrainingArguments
-from hf_vit.training.augmentation import EpochSampler, collate_images
+from hf_vit.training.assembly import build_optimizer, build_scheduler, has_reference_schedule, training_loader
+from hf_vit.training.augmentation import collate_images
 from hf_vit.training.checkpointing import (
     load_weights,
     newest_complete_checkpoint,
@@ -32,7 +33,8 @@ from hf_vit.training.checkpointing import (
 from hf_vit.training.ema import ExponentialMovingAverage
 from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, leave_signals_to_the_trainer
 from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
-from hf_vit.training.optimizers import SCHEDULES, MomentumSGD, clip_by_global_norm_, create_scheduler, parameter_groups
+from hf_vit.training.optimizers import clip_by_global_norm_
+from hf_vit.training.sharding import is_spread, restore_optimizer, whole
 
 
 logger = logging.getLogger(__name__)
@@ -168,31 +170,8 @@ class HfViTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns a loader whose order and augmentation depend on (seed, epoch) alone, and on no global generator."""
-        dataset: Any = self.train_dataset
-        args = self.args
-        is_stream = isinstance(dataset, IterableDataset)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        workers: dict[str, Any] = {}
-        if args.dataloader_num_workers:
-            workers = {
-                "timeout": args.dataloader_timeout,
-                "persistent_workers": args.dataloader_persistent_workers,
-                "prefetch_factor": args.dataloader_prefetch_factor,
-                "multiprocessing_context": args.dataloader_multiprocessing_context,
-                "worker_init_fn": leave_signals_to_the_trainer,
-            }
-        loader = DataLoader(
-            dataset,
-            batch_size=self._train_batch_size,
-            sampler=None if is_stream else EpochSampler(dataset, seed=seed),
-            collate_fn=self.train_collator,
-            drop_last=args.dataloader_drop_last,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            generator=torch.Generator().manual_seed(seed),
-            **workers,
-        )
-        return loader if is_stream else self.accelerator.prepare(loader)
+        loader = training_loader(self.train_dataset, self.args, self.train_collator)
+        return loader if isinstance(self.train_dataset, IterableDataset) else self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Trainer's, with the timeout, and without drawing from the generator that training's dropout draws from."""
@@ -213,35 +192,15 @@ class HfViTTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns the reference's SGD for `optim="sgd"`, Trainer's optimizers for other names, on our groups."""
         if self.optimizer is None:
-            model, args = self._own_model() if model is None else model, self.args
-            groups = parameter_groups(
-                model,
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                layer_decay=args.layer_decay,
-                decay_all_parameters=args.decay_all_parameters,
-            )
-            if args.optim == "sgd":
-                dtype = getattr(torch, args.momentum_dtype)
-                self.optimizer = MomentumSGD(groups, args.learning_rate, accumulator_dtype=dtype)
-            else:
-                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(args, model)
-                self.optimizer = optimizer_class(groups, **settings)
+            self.optimizer = build_optimizer(self._own_model() if model is None else model, self.args)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Returns the reference's schedule for cosine, linear and constant, transformers' for other names."""
-        name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-        if self.lr_scheduler is None and name in SCHEDULES:
+        if self.lr_scheduler is None and has_reference_schedule(self.args):
             optimizer = self.optimizer if optimizer is None else optimizer
             assert optimizer is not None
-            self.lr_scheduler = create_scheduler(
-                optimizer,
-                base_lr=self.args.learning_rate,
-                total_steps=num_training_steps,
-                warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                schedule=name,
-            )
+            self.lr_scheduler = build_scheduler(optimizer, self.args, total_steps=num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -256,9 +215,10 @@ class HfViTTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
+            averages = whole(self.ema.averages) if self.ema is not None else None
             if self.args.should_save:
-                if self.ema is not None:
-                    save_file(self.ema.averages, staging / EMA_FILE)
+                if averages is not None:
+                    save_file(averages, staging / EMA_FILE)
                 self._save_state(staging, run_dir)
         self._last_saved_step = step
         if self.args.push_to_hub:
@@ -292,6 +252,33 @@ class HfViTTrainer(Trainer):
         self.state.save_to_json(str(staging / "trainer_state.json"))
         (staging / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; of a model spread over processes the whole, as `from_pretrained` opens it."""
+        if not is_spread(self._own_model()):
+            return super().save_model(output_dir, _internal_call)
+        state_dict = whole(self._own_model().state_dict())
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state_dict)
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None
+        if not is_spread(self._own_model()):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_spread(self._own_model()):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint)
+        restore_optimizer(self.optimizer, torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        return None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle that nobody needs to run
@@ -312,18 +299,12 @@ class HfViTTrainer(Trainer):
         return str(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled or _is_adapter(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self._own_model() if model is None else model, resume_from_checkpoint)
+        load_weights(self._own_model() if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
         verify_checkpoint(Path(best))
-        if self.is_fsdp_enabled or _is_adapter(best):
-            super()._load_best_model()
-        else:
-            load_weights(self._own_model(), best)
+        load_weights(self._own_model(), best)
         if self.ema is not None:
             self._load_ema(best)
             self.ema.exchange()
@@ -359,6 +340,3 @@ class _StepEnd(TrainerCallback):
         if number is not None:
             raise TrainingInterrupted(number, trainer._save_before_leaving())
 
-
-def _is_adapter(checkpoint: str) -> bool:
-    return (Path(checkpoint) / "adapter_config.json").is_file()
