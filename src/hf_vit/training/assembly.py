@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 
 from hf_vit.training.arguments import HfViTTrainingArguments
 from hf_vit.training.augmentation import EpochSampler, collate_images
@@ -90,21 +90,23 @@ def build_optimizer(model: nn.Module, args: HfViTTrainingArguments) -> torch.opt
     return optimizer_class(groups, **settings)
 
 
-def has_reference_schedule(args: HfViTTrainingArguments) -> bool:
-    """Tells whether the schedule is one of the reference's: cosine, linear or constant."""
-    return schedule_name(args) in SCHEDULES
-
-
-def schedule_name(args: HfViTTrainingArguments) -> str:
-    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-
-
 def build_scheduler(optimizer: torch.optim.Optimizer, args: HfViTTrainingArguments, *, total_steps: int) -> Any:
-    """Returns the reference's schedule over `total_steps`; see `has_reference_schedule`."""
-    return create_scheduler(
-        optimizer,
-        base_lr=args.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=args.get_warmup_steps(total_steps),
-        schedule=schedule_name(args),
+    """Returns the reference's schedule for cosine, linear and constant, transformers' for other names."""
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    warmup_steps = args.get_warmup_steps(total_steps)
+    if name in SCHEDULES:
+        return create_scheduler(
+            optimizer,
+            base_lr=args.learning_rate,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            schedule=name,
+        )
+    more: Any = args.lr_scheduler_kwargs
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=more,
     )

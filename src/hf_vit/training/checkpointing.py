@@ -19,6 +19,7 @@ from hf_vit.training.sharding import put
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+EMA_FILE = "ema.safetensors"
 _SHOWN = 5
 
 
@@ -78,6 +79,26 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path:
             return folder
     seen = f"{len(folders)} damaged ones" if folders else "none at all"
     raise CheckpointError(f"{output_dir}: expected a complete checkpoint to resume from, got {seen}: start afresh")
+
+
+def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path, *, needs_averages: bool) -> str | None:
+    """Returns the verified folder to go on from: the given one, or the newest complete one for True or `last`.
+
+    Raises:
+        CheckpointError: if it is damaged, there is none, or it is no more than a model.
+    """
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True or wanted == "last":
+        folder = newest_complete_checkpoint(output_dir)
+    else:
+        folder = Path(wanted)
+        verify_checkpoint(folder)
+    needed = ["trainer_state.json", "scheduler.pt"] + ([EMA_FILE] if needs_averages else [])
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {', '.join(missing)} missing: only its weights can be used, as a model")
+    return str(folder)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:

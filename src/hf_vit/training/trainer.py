@@ -19,27 +19,26 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_vit.atomic import atomic_folder, exclusive_lock
-from hf_vit.containers import CheckpointError
 from hf_vit.training.arguments import HfViTTrainingArguments
-from hf_vit.training.assembly import build_optimizer, build_scheduler, has_reference_schedule, training_loader
+from hf_vit.training.assembly import build_optimizer, build_scheduler, training_loader
 from hf_vit.training.augmentation import collate_images
 from hf_vit.training.checkpointing import (
+    EMA_FILE,
+    checkpoint_to_resume,
     load_weights,
-    newest_complete_checkpoint,
     restore_tensors,
     verify_checkpoint,
     write_manifest,
 )
 from hf_vit.training.ema import ExponentialMovingAverage
 from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, leave_signals_to_the_trainer
-from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
+from hf_vit.training.loop import owes_evaluation
+from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_failure
 from hf_vit.training.optimizers import clip_by_global_norm_
 from hf_vit.training.sharding import is_spread, restore_optimizer, whole
 
 
 logger = logging.getLogger(__name__)
-
-EMA_FILE = "ema.safetensors"
 
 
 class HfViTTrainer(Trainer):
@@ -62,6 +61,7 @@ class HfViTTrainer(Trainer):
         self._worker_deaths = WorkerDeaths()
         self._batch_indices: list[torch.Tensor] = []
         self._logits: torch.Tensor | None = None
+        self._picture_losses: list[torch.Tensor] = []
         self.add_callback(_StepEnd(self))
 
     def _own_model(self) -> Any:
@@ -83,7 +83,9 @@ class HfViTTrainer(Trainer):
         """
         lock = exclusive_lock(self.args.output_dir) if self.args.should_save else contextlib.nullcontext()
         with lock, StopSignals() as self._signals, WorkerDeaths() as self._worker_deaths:
-            self._resumed_from = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._resumed_from = checkpoint_to_resume(
+                resume_from_checkpoint, self.args.output_dir, needs_averages=self.args.ema_decay > 0
+            )
             result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         if self.ema is not None:
             if not self._is_best_loaded():
@@ -156,15 +158,8 @@ class HfViTTrainer(Trainer):
         return norm
 
     def _about_this_batch(self, problem: str, logits: torch.Tensor | None) -> str:
-        indices = [int(index) for batch in self._batch_indices for index in batch]
-        if logits is not None and self._batch_indices and len(self._batch_indices[-1]) == len(logits):
-            bad = ~torch.isfinite(logits.flatten(1)).all(dim=1)
-            indices = [int(index) for index in self._batch_indices[-1][bad.cpu()]] or indices
-        samples = describe_samples(self.train_dataset, indices) if indices else "not known"
-        return (
-            f"{problem} at step {self.state.global_step + 1}, before the weights were moved; training samples: "
-            f"{samples}. Look at these pictures, or lower the learning rate"
-        )
+        step = self.state.global_step + 1
+        return describe_failure(problem, self.train_dataset, step=step, indices=self._batch_indices, logits=logits)
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -187,6 +182,22 @@ class HfViTTrainer(Trainer):
         with self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
             return super().evaluate(*args, **kwargs)
 
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with each picture's own loss kept for `evaluation_loop`."""
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if isinstance(logits, torch.Tensor) and labels is not None:
+            losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            self._picture_losses.append(self.accelerator.gather_for_metrics(losses).cpu())
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's, with the mean over pictures as the loss: Trainer's counts what fills up a last batch twice."""
+        self._picture_losses = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._picture_losses and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = float(torch.cat(self._picture_losses).mean())
+        return output
+
     # -- optimizer and schedule ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -197,12 +208,12 @@ class HfViTTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Returns the reference's schedule for cosine, linear and constant, transformers' for other names."""
-        if self.lr_scheduler is None and has_reference_schedule(self.args):
+        if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
             assert optimizer is not None
             self.lr_scheduler = build_scheduler(optimizer, self.args, total_steps=num_training_steps)
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        return self.lr_scheduler
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -240,10 +251,13 @@ class HfViTTrainer(Trainer):
                 write_manifest(Path(str(staging[0])))
         self.accelerator.wait_for_everyone()
 
-    def _save_state(self, staging: Path, run_dir: Path) -> None:
+    def _note_best_checkpoint(self, run_dir: Path) -> None:
         best = self.state.best_global_step
         if best and (best == self.state.global_step or (run_dir / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
+
+    def _save_state(self, staging: Path, run_dir: Path) -> None:
+        self._note_best_checkpoint(run_dir)
         kept: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
@@ -263,6 +277,7 @@ class HfViTTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         if not is_spread(self._own_model()):
             return super()._save_optimizer_and_scheduler(output_dir)
         state = whole(self.optimizer.state_dict())
@@ -275,6 +290,8 @@ class HfViTTrainer(Trainer):
         if checkpoint is None or not is_spread(self._own_model()):
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         restore_optimizer(self.optimizer, torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
         return None
@@ -283,20 +300,6 @@ class HfViTTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle that nobody needs to run
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        if wanted is None or wanted is False:
-            return None
-        if wanted is True or wanted == "last":
-            folder = newest_complete_checkpoint(self.args.output_dir)
-        else:
-            folder = Path(wanted)
-            verify_checkpoint(folder)
-        needed = ["trainer_state.json", "scheduler.pt"] + ([EMA_FILE] if self.args.ema_decay else [])
-        missing = [name for name in needed if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder}: {', '.join(missing)} missing: only its weights can be used, as a model")
-        return str(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self._own_model() if model is None else model, resume_from_checkpoint)
@@ -316,6 +319,12 @@ class HfViTTrainer(Trainer):
         assert self.ema is not None
         restore_tensors(load_file(Path(checkpoint) / EMA_FILE), self.ema.averages, origin=f"{checkpoint}/{EMA_FILE}")
 
+    def _make_up_evaluation(self) -> None:
+        """Evaluates after the step at which an interrupted training was left, where that would have been done."""
+        if self._resumed_from is not None and owes_evaluation(self.args, self.state):
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            self._note_best_checkpoint(Path(self.args.output_dir))
+
     def _begin_averaging(self) -> None:
         self.ema = ExponentialMovingAverage(self._own_model(), self.args.ema_decay)
         if self._resumed_from is not None:
@@ -331,6 +340,7 @@ class _StepEnd(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.ema_decay:
             self.trainer._begin_averaging()
+        self.trainer._make_up_evaluation()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -339,4 +349,3 @@ class _StepEnd(TrainerCallback):
         number = trainer._signals.agreed(args.device)
         if number is not None:
             raise TrainingInterrupted(number, trainer._save_before_leaving())
-
