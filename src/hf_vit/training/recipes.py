@@ -106,7 +106,7 @@ _PAPER = Recipe(
         "imagenet": _by_steps(20_000, 500),
         "pets": _by_steps(500, 100),
         "flowers": _by_steps(500, 100),
-        "digits": _by_steps(900, 90, **_DIGITS),
+        "digits": _by_steps(700, 100, **_DIGITS),
     },
 )
 
@@ -136,7 +136,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 "cifar100": _by_steps(10_000, 500, learning_rate=0.01, crop_scale=0.73),
                 "pets": _by_steps(500, 100, learning_rate=0.003),
                 "flowers": _by_steps(500, 100, learning_rate=0.003),
-                "digits": _by_steps(900, 90, **_DIGITS),
+                "digits": _by_steps(500, 100, **_DIGITS),
             },
         ),
         "modern": Recipe(
@@ -162,7 +162,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             datasets={
                 "digits": {
                     **_DIGITS,
-                    "num_train_epochs": 30,
+                    "num_train_epochs": 12,
                     "learning_rate": 1e-3,
                     "warmup_steps": 0.1,
                     "randaugment_layers": 1,
