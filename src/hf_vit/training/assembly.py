@@ -64,12 +64,8 @@ def steps_of(args: HfViTTrainingArguments, batches_per_epoch: int | None) -> tup
 
     Args:
         batches_per_epoch: of one rank; None for a stream, which has no length.
-    Raises:
-        ValueError: if a stream is to be trained on for epochs.
     """
     if batches_per_epoch is None:
-        if args.max_steps <= 0:
-            raise ValueError("a stream has no epochs: say how long to train with max_steps")
         return args.max_steps, args.max_steps
     per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch

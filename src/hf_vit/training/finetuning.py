@@ -121,6 +121,8 @@ def parse_arguments(
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments) -> FineTuning:
     """Opens the pictures, then the model, with a new head unless it knows just these classes already."""
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("a stream has no epochs: say how long to train with --max_steps")
     splits = load_splits(
         data_args.dataset,
         seed=data_args.split_seed,

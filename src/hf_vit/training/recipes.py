@@ -162,8 +162,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             datasets={
                 "digits": {
                     **_DIGITS,
-                    "num_train_epochs": 12,
-                    "learning_rate": 1e-3,
+                    "num_train_epochs": 15,
                     "warmup_steps": 0.1,
                     "randaugment_layers": 1,
                     "randaugment_magnitude": 5,
