@@ -349,3 +349,25 @@ class _StepEnd(TrainerCallback):
         number = trainer._signals.agreed(args.device)
         if number is not None:
             raise TrainingInterrupted(number, trainer._save_before_leaving())
+
+
+class MaskedImageTrainer(HfViTTrainer):
+    """HfViTTrainer of `HfViTForMaskedImageModeling`: the model's own loss, on held-out pictures by fixed masks.
+
+    Args:
+        data_collator: a `MaskingCollator`, of training and evaluation alike.
+    """
+
+    def __init__(self, *args: Any, data_collator: Callable, **kwargs: Any):
+        super().__init__(*args, data_collator=data_collator, **kwargs)
+        self.data_collator = data_collator
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Returns the mean absolute difference on hidden pixels, as this batch's share of the accumulated ones."""
+        outputs = model(pixel_values=inputs["pixel_values"], bool_masked_pos=inputs["bool_masked_pos"])
+        loss = outputs.loss / (self.current_gradient_accumulation_steps if model.training else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
