@@ -1,6 +1,7 @@
 """Predictions and figures of a classifier on a held-out part, by any number of processes, to the last sample."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,6 +10,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_vit.training.metrics import compute_metrics, gather_batch, in_dataset_order, summarize_logits
+
+
+def generators_kept() -> AbstractContextManager:
+    """Returns a context that leaves torch's generators as they were: an evaluation must not change the training."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices)
 
 
 def predict(

@@ -38,6 +38,7 @@ from hf_vit.training.checkpointing import (
     write_manifest,
 )
 from hf_vit.training.ema import ExponentialMovingAverage
+from hf_vit.training.evaluation import generators_kept
 from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths
 from hf_vit.training.losses import NonFiniteLossError, describe_failure
 from hf_vit.training.sharding import is_spread, restore_optimizer, whole
@@ -205,7 +206,7 @@ class TrainingRun:
 
     def evaluate(self) -> dict[str, float]:
         """Returns the figures of the averaged weights while there are any, else of the weights, and logs them."""
-        with self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
+        with generators_kept(), self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
             results = self._evaluate()
         self._log(dict(results))
         self.control = self.callbacks.on_evaluate(self.args, self.state, self.control, results)

@@ -31,6 +31,7 @@ from hf_vit.training.checkpointing import (
     write_manifest,
 )
 from hf_vit.training.ema import ExponentialMovingAverage
+from hf_vit.training.evaluation import generators_kept
 from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, leave_signals_to_the_trainer
 from hf_vit.training.loop import owes_evaluation
 from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_failure
@@ -179,7 +180,7 @@ class HfViTTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, of the averaged weights while there are any."""
-        with self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
+        with generators_kept(), self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
