@@ -405,6 +405,8 @@ def _streamed(parts: dict[str, Any], dataset: str, bad_images: str, num_workers:
             )
     if "test" not in parts:  # of a Hub dataset: a local one has been split
         raise ValueError(f"{dataset} has no held-out part, and a stream cannot be split: load it with streaming=False")
+    if "train" not in parts:
+        raise ValueError(f"{dataset} has nothing to train on, and only that is streamed: load it with streaming=False")
     train, test = parts["train"], parts["test"]
     if isinstance(train, Dataset):
         train = train.to_iterable_dataset(num_shards=min(len(train), STREAM_SHARDS))
