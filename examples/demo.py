@@ -22,9 +22,9 @@ from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints import convert_jax_checkpoint
 from hf_vit.containers import open_arrays
 from hf_vit.training.augmentation import collate_images
-from hf_vit.training.finetuning import FineTuning, card_settings, export, parse_arguments, prepare
+from hf_vit.training.finetuning import FineTuning, card_settings, export, make_trainer, parse_arguments, prepare
 from hf_vit.training.interruption import TrainingInterrupted
-from hf_vit.training.metrics import TopKAccuracy, compute_metrics, summarize_logits
+from hf_vit.training.metrics import TopKAccuracy
 from hf_vit.training.trainer import HfViTTrainer
 
 
@@ -103,13 +103,9 @@ def compare(out: Path, epochs: int) -> tuple[FineTuning, float, float, float, fl
     started = time.perf_counter()
     trainer, results = train(task, args)
     seconds = time.perf_counter() - started
-    export(
-        trainer.model,
-        args.output_dir,
-        task=task,
-        results=results,
-        settings=card_settings(model_args, data_args, args, results),
-    )
+    settings = card_settings(model_args, data_args, args)
+    history = trainer.state.log_history
+    export(trainer.model, args.output_dir, task=task, results=results, settings=settings, history=history)
     set_seed(args.seed)
     empty = HfViTForImageClassification(task.model.config)
     args = dataclasses.replace(args, output_dir=str(out / "from_scratch"))
@@ -129,16 +125,7 @@ def measure_accuracy(model: HfViTForImageClassification, task: FineTuning) -> fl
 
 def train(task: FineTuning, args: Any) -> tuple[HfViTTrainer, dict[str, float]]:
     """Train and evaluate `task.model`; return the trainer and its results."""
-    trainer = HfViTTrainer(
-        model=task.model,
-        args=args,
-        train_dataset=task.train,
-        eval_dataset=task.test,
-        processing_class=task.processor,
-        data_collator=task.collator,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=summarize_logits,
-    )
+    trainer = make_trainer(task, args)
     trainer.train()
     return trainer, trainer.evaluate()
 

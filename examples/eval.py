@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification
@@ -24,14 +22,8 @@ from hf_vit.atomic import atomic_file
 from hf_vit.processors import processor_of
 from hf_vit.training.augmentation import AugmentedImages, collate_images
 from hf_vit.training.datasets import default_num_workers, load_splits
-from hf_vit.training.metrics import (
-    compute_metrics,
-    confusion_matrix,
-    gather_batch,
-    in_dataset_order,
-    per_class_accuracy,
-    summarize_logits,
-)
+from hf_vit.training.evaluation import predict
+from hf_vit.training.metrics import compute_metrics, confusion_matrix, per_class_accuracy
 
 
 MAX_ROWS = 40  # of the table of classes; of more, the worst are shown
@@ -68,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     pictures = AugmentedImages(part, processor_of(args.model_name_or_path, model.config))
     columns = class_columns(model.config, names)
     started = time.perf_counter()
-    predictions = predict(model, pictures, columns, accelerator=accelerator, args=args)
+    model, loader = accelerator.prepare_model(model, evaluation_mode=True), open_loader(pictures, args, accelerator)
+    predictions = predict(model, loader, accelerator, columns=columns)
     seconds = time.perf_counter() - started
     if accelerator.is_main_process:
         results = figures(predictions, names) | {
@@ -115,10 +108,8 @@ def class_columns(config: Any, names: Sequence[str]) -> list[int]:
     )
 
 
-def predict(
-    model: Any, pictures: AugmentedImages, columns: list[int], *, accelerator: Accelerator, args: EvalArguments
-) -> dict[str, torch.Tensor]:
-    """Likeliest classes, confidence and label of every picture, in the dataset's order; on all ranks."""
+def open_loader(pictures: AugmentedImages, args: EvalArguments, accelerator: Accelerator) -> DataLoader:
+    """The pictures in their order, this process's share of them."""
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     loader: Any = DataLoader(
         pictures,
@@ -128,18 +119,10 @@ def predict(
         timeout=args.timeout if num_workers else 0,
         pin_memory=accelerator.device.type == "cuda",
     )
-    loader, model = accelerator.prepare(loader), accelerator.prepare_model(model, evaluation_mode=True).eval()
-    batches = []
-    for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not accelerator.is_main_process, leave=False):
-        with torch.inference_mode(), accelerator.autocast():
-            logits = model(pixel_values=batch["pixel_values"]).logits[:, columns]
-        ranked, confidences = summarize_logits(logits)
-        gathered = {"ranked": ranked, "confidences": confidences, "labels": batch["labels"], "index": batch["index"]}
-        batches.append(gather_batch(accelerator, gathered))
-    return in_dataset_order(batches, len(pictures))
+    return accelerator.prepare(loader)
 
 
-def figures(predictions: dict[str, torch.Tensor], names: Sequence[str]) -> dict[str, Any]:
+def figures(predictions: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """All figures as plain numbers and lists."""
     ranked, labels = predictions["ranked"].numpy(), predictions["labels"].numpy()
     accuracies = per_class_accuracy(ranked[:, 0], labels, len(names))["per_class_accuracy"]

@@ -142,10 +142,11 @@ def test_an_epoch_resumed_in_its_middle_gives_the_rest_bit_for_bit():
 
 
 def test_a_stream_augments_a_picture_the_same_whoever_reads_it_and_anew_each_epoch(tmp_path):
-    (tmp_path / "test" / "cat").mkdir(parents=True)
-    for number, picture in enumerate(Pictures().pictures):
-        picture.save(tmp_path / "test" / "cat" / f"{number}.png")
-    stream = load_splits(str(tmp_path), streaming=True, require_train=False)["test"]
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for number, picture in enumerate(Pictures().pictures):
+            picture.save(tmp_path / split / "cat" / f"{number}.png")
+    stream = load_splits(str(tmp_path), streaming=True)["train"]
     processor = HfViTImageProcessor(size=SIZE)
     once, endless = (AugmentedStream(stream, processor, augment=EVERYTHING, repeat=repeat) for repeat in (False, True))
     first = {sample["index"]: sample["pixel_values"] for sample in once}

@@ -1,19 +1,24 @@
 """The fine-tuning command, from its flags to the folder that it leaves."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import pipeline
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback, pipeline, set_seed
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
+from hf_vit.training.augmentation import collate_images
 from hf_vit.training.checkpointing import newest_complete_checkpoint
-from hf_vit.training.finetuning import parse_arguments, wants_recipes
+from hf_vit.training.finetuning import export, make_trainer, parse_arguments, prepare, wants_recipes
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "finetune_trainer.py"
@@ -60,7 +65,7 @@ def picture_folder(tmp_path_factory):
 
 def test_a_recipe_sets_the_arguments_and_flags_override_it():
     model_args, _, args = parse_arguments([*BASE, "--recipe=paper", "--learning_rate=0.5", "--image_size=64"], "")
-    assert (args.optim, args.learning_rate, args.max_steps) == ("sgd", 0.5, 900)
+    assert (args.optim, args.learning_rate, args.max_steps) == ("sgd", 0.5, 700)
     assert model_args.image_size == 64
     _, _, args = parse_arguments([*BASE, "--recipe", "paper", "--num_train_epochs", "2"], "")
     assert (args.max_steps, args.num_train_epochs) == (-1, 2)
@@ -118,6 +123,133 @@ def test_a_bad_picture_is_named_before_anything_is_trained(model_folder, picture
     assert not (tmp_path / "out").exists()
 
 
+def prepared(model_folder, picture_folder, folder, *more: str):
+    """The task and trainer that the command makes of its flags."""
+    flags = [f"--model_name_or_path={model_folder}", f"--dataset={picture_folder}", f"--output_dir={folder}"]
+    flags += ["--use_cpu=true", "--dataloader_num_workers=0", "--dataloader_persistent_workers=false"]
+    flags += ["--save_strategy=no", "--eval_strategy=no", "--disable_tqdm=true", "--total_batch_size=8"]
+    arguments = parse_arguments([*flags, "--per_device_train_batch_size=8", *more], "")
+    set_seed(arguments[-1].seed)
+    task = prepare(*arguments)
+    return task, make_trainer(task, arguments[-1])
+
+
+def test_layers_of_the_commands_optimizer_learn_at_powers_of_the_decay(model_folder, picture_folder, tmp_path):
+    flags = ["--recipe=modern", "--learning_rate=0.01", "--layer_decay=0.5"]
+    task, trainer = prepared(model_folder, picture_folder, tmp_path, *flags)
+    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert rates.keys() == set(names.values())
+    layers = task.model.config.num_hidden_layers
+    for name, rate in rates.items():
+        block = re.search(r"encoder\.layer\.(\d+)", name)
+        depth = int(block[1]) + 1 if block else 0 if ".embeddings." in name else layers + 1
+        assert rate == pytest.approx(0.01 * 0.5 ** (layers + 1 - depth), rel=1e-12), name
+    assert len(set(rates.values())) == layers + 2
+    _, plain = prepared(model_folder, picture_folder, tmp_path, *flags[:2], "--layer_decay=1")
+    assert {group["lr"] for group in plain.create_optimizer().param_groups} == {0.01}
+
+
+def test_mixup_of_the_command_mixes_pixels_and_labels_in_one_proportion(model_folder, picture_folder, tmp_path):
+    flags = ["--recipe=modern", "--cutmix_alpha=0", "--mixup_alpha=0.8", "--label_smoothing_factor=0.1"]
+    flags += ["--randaugment_layers=0", "--random_erasing=0", "--crop_scale=1", "--horizontal_flip=false"]
+    task, trainer = prepared(model_folder, picture_folder, tmp_path, *flags)
+    plain, _ = prepared(model_folder, picture_folder, tmp_path, *flags, "--mixup_alpha=0")
+    samples = [task.train[index] for index in range(8)]
+    mixed, alone = task.collator(samples), plain.collator(samples)
+    pixels, labels = alone["pixel_values"].double(), nn.functional.one_hot(alone["labels"], 2).double()
+    partners, other = pixels.roll(1, 0), labels.roll(1, 0)
+    share = ((mixed["pixel_values"] - partners) * (pixels - partners)).sum() / (pixels - partners).square().sum()
+    assert 0 < share < 1
+    torch.testing.assert_close(
+        mixed["pixel_values"].double(), share * pixels + (1 - share) * partners, atol=1e-5, rtol=0
+    )
+    targets = share * labels + (1 - share) * other
+    torch.testing.assert_close(mixed["labels"].double(), targets, atol=1e-5, rtol=0)
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, dict(mixed), num_items_in_batch=torch.tensor(mixed["labels"].numel()))
+    with torch.no_grad():
+        logs = trainer.model(pixel_values=mixed["pixel_values"]).logits.double().log_softmax(-1)
+    smooth = 0.9 * targets + 0.1 / 2
+    assert loss.item() == pytest.approx(-(smooth * logs).sum(-1).mean().item(), abs=1e-5)
+    assert not torch.equal(mixed["pixel_values"], alone["pixel_values"])  # the negative control: without it they are
+
+
+def test_the_averaged_weights_are_those_evaluated_and_exported(model_folder, picture_folder, tmp_path):
+    flags = ["--recipe=adamw", "--max_steps=6", "--learning_rate=0.01", "--ema_decay=0.7"]
+    task, trainer = prepared(model_folder, picture_folder, tmp_path, *flags)
+    by_hand = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            step = state.global_step + 1
+            decay = min(0.7, (1 + step) / (10 + step))
+            for name, weight in model.named_parameters():
+                by_hand[name] = decay * by_hand[name] + (1 - decay) * weight.detach()
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.last = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    watch = Watch()
+    trainer.add_callback(watch)
+    trainer.train()
+    results = trainer.evaluate()
+    export(
+        trainer.model, tmp_path / "out", task=task, results=results, settings={"dataset": "d", "fine-tuned from": "m"}
+    )
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    for name, average in by_hand.items():
+        torch.testing.assert_close(saved[name], average, atol=1e-6, rtol=0)
+    assert max(float((saved[name] - watch.last[name]).abs().max()) for name in saved) > 1e-3  # not the last weights
+    exported = HfViTForImageClassification.from_pretrained(tmp_path / "out")
+    batch = collate_images([task.test[index] for index in range(len(task.test))])
+    with torch.no_grad():
+        loss = exported(batch["pixel_values"], labels=batch["labels"]).loss
+    assert results["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_a_stream_trains_as_long_as_told_and_is_evaluated_whole(model_folder, picture_folder, tmp_path, capsys):
+    for script in ("finetune_trainer", "finetune_accelerate"):
+        flags = [f"--model_name_or_path={model_folder}", f"--dataset={picture_folder}", "--streaming=true"]
+        flags += ["--max_steps=12", "--learning_rate=0.01", "--total_batch_size=4", "--per_device_train_batch_size=4"]
+        flags += [f"--output_dir={tmp_path / script}", "--use_cpu=true", "--save_strategy=steps", "--save_steps=6"]
+        flags += ["--eval_strategy=no", "--dataloader_num_workers=0", "--dataloader_persistent_workers=false"]
+        flags += ["--shuffle_buffer=8", "--logging_steps=1"]
+        result = subprocess.run(
+            [sys.executable, str(SCRIPT.with_stem(script)), *flags], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "on 4 held-out pictures" in result.stdout
+    losses = [
+        [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        for state in (
+            json.loads((tmp_path / script / "checkpoint-12" / "trainer_state.json").read_text())
+            for script in ("finetune_trainer", "finetune_accelerate")
+        )
+    ]
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1]
+
+
+def test_a_stream_without_a_length_of_training_is_refused(model_folder, picture_folder, tmp_path):
+    with pytest.raises(ValueError, match="max_steps"):
+        prepared(model_folder, picture_folder, tmp_path, "--streaming=true")
+
+
+def test_a_dry_run_completes_the_folder_for_the_hub_and_sends_nothing(model_folder, picture_folder, tmp_path, capsys):
+    flags = [f"--model_name_or_path={model_folder}", f"--dataset={picture_folder}", f"--output_dir={tmp_path / 'out'}"]
+    flags += ["--max_steps=2", "--total_batch_size=8", "--per_device_train_batch_size=8", "--save_strategy=no"]
+    flags += ["--push_to_hub=true", "--hub_model_id=somebody/something", "--dry_run=true", "--use_cpu=true"]
+    flags += ["--dataloader_num_workers=0", "--dataloader_persistent_workers=false"]
+    assert run_path(str(SCRIPT))["main"](flags) == 0
+    assert "ready for somebody/something; nothing was sent" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"modeling_hf_vit.py", "README.md", "model.safetensors", "training_curves.png"} <= names
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "top-1 accuracy" in card
+    assert not any(name.startswith(("events.out", "runs")) for name in names)  # no tensorboard unless asked for
+
+
 @pytest.mark.reliability(row="R10")
 @pytest.mark.slow
 def test_ctrl_c_leaves_the_last_checkpoint_loadable(picture_folder, model_folder, tmp_path):
@@ -149,6 +281,22 @@ def test_ctrl_c_leaves_the_last_checkpoint_loadable(picture_folder, model_folder
     assert "--resume_from_checkpoint last" in last
     HfViTForImageClassification.from_pretrained(folder)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "bar"), [("paper", 0.985), ("modern", 0.99)])
+def test_a_recipe_reaches_its_accuracy_on_digits(recipe, bar, tmp_path):
+    result = run(
+        f"--model_name_or_path={CHECKPOINT}",
+        "--dataset=digits",
+        f"--recipe={recipe}",
+        f"--output_dir={tmp_path}",
+        "--eval_strategy=no",
+        "--save_strategy=no",
+        "--use_cpu=true",
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["eval_accuracy"] >= bar
 
 
 @pytest.mark.slow

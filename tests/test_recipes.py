@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults
+from hf_vit.training.loop import refuse_ignored_arguments
 from hf_vit.training.recipes import RECIPES, Recipe, dataset_key, find_recipe, format_recipes
 
 
@@ -94,6 +95,10 @@ def test_a_large_total_batch_is_accumulated(tmp_path):
         ({"momentum_dtype": "int8"}, "expected bfloat16 or float32"),
         ({"dataloader_timeout": -1.0}, "dataloader_timeout is -1.0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is sequential"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "cosine"}, "lr_scheduler_kwargs is"),
     ],
 )
 def test_an_argument_out_of_its_range_is_refused_by_name(wrong, words, tmp_path):
@@ -119,3 +124,20 @@ def test_the_table_of_recipes_names_each_with_its_source_and_expectation():
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown recipe 'papr': expected one of paper, augreg"):
         find_recipe("papr")
+
+
+@pytest.mark.parametrize(
+    "ignored", [{"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, {"fsdp": True}]
+)
+def test_the_plain_loop_refuses_what_it_would_not_do(ignored, tmp_path):
+    name = next(iter(ignored))
+    args = HfViTTrainingArguments(str(tmp_path), use_cpu=True, **ignored)
+    with pytest.raises(ValueError, match=f"does not follow {name}"):
+        refuse_ignored_arguments(args)
+
+
+def test_the_plain_loop_takes_what_every_recipe_sets(tmp_path):
+    for recipe in RECIPES.values():
+        settings = {key: value for key, value in recipe_defaults(recipe).items() if key not in OF_THE_MODEL}
+        settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "report_to": "none", "bf16": False}
+        refuse_ignored_arguments(HfViTTrainingArguments(str(tmp_path), use_cpu=True, **settings))

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
@@ -19,7 +22,14 @@ from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.containers import CheckpointError
 from hf_vit.training.arguments import HfViTTrainingArguments
 from hf_vit.training.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
-from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint, verify_checkpoint, write_manifest
+from hf_vit.training.checkpointing import (
+    checkpoints_of,
+    load_weights,
+    newest_complete_checkpoint,
+    verify_checkpoint,
+    write_manifest,
+)
+from hf_vit.training.interruption import TrainingInterrupted
 from hf_vit.training.metrics import compute_metrics, summarize_logits
 from hf_vit.training.trainer import HfViTTrainer
 
@@ -337,3 +347,57 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_no_stray(tmp_path, monkey
         trainer.train()
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_evaluation_due_at_the_interrupted_step_is_made_up_for(strategy, ema_decay, tmp_path):
+    settings = {"eval_strategy": strategy, "eval_steps": 5, "ema_decay": ema_decay}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    stopped = make_trainer(tmp_path / "stopped", **settings)
+    fetch = stopped.get_batch_samples
+
+    def fetch_and_stop(*args: Any) -> Any:
+        if stopped.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(*args)
+
+    stopped.get_batch_samples = fetch_and_stop
+    with pytest.raises(TrainingInterrupted):
+        stopped.train()
+    assert [entry for entry in stopped.state.log_history if "eval_loss" in entry] == []
+    resumed = make_trainer(tmp_path / "stopped", **settings)
+    resumed.train(resume_from_checkpoint="last")
+    found, expected = (
+        {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+        for trainer in (resumed, whole)
+    )
+    assert 5 in expected
+    assert found == expected
+    assert_equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own question
+def test_adapters_are_resumed_bit_for_bit_and_refused_where_a_tensor_is_missing(tmp_path):
+    def with_adapters(folder: Path, **settings: Any) -> HfViTTrainer:
+        trainer = make_trainer(folder, optim="adamw_torch_fused", **settings)
+        set_seed(5)
+        config = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+        trainer.model = trainer.model_wrapped = get_peft_model(trainer.model, config)
+        set_seed(3)
+        return trainer
+
+    whole = with_adapters(tmp_path / "whole", save_strategy="steps", save_steps=5)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    resumed = with_adapters(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_equal(weights(whole), weights(resumed))
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    gone = next(name for name in tensors if "lora_B" in name)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != gone}, checkpoint / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=f"missing .{gone}"):
+        load_weights(with_adapters(tmp_path / "other").model, checkpoint)

@@ -468,7 +468,8 @@ def _is_new(name: str) -> bool:
 
 
 def _has_place_for(cls: type[HfViTPreTrainedModel], name: str) -> bool:
-    parts = {"classifier.": HfViTForImageClassification, "decoder.": HfViTForMaskedImageModeling}
+    masked = HfViTForMaskedImageModeling
+    parts = {"classifier.": HfViTForImageClassification, "decoder.": masked, "embeddings.mask_token": masked}
     for part, owner in parts.items():
         if name.startswith(part):
             return issubclass(cls, owner)

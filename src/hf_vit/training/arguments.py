@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_vit.training.optimizers import SCHEDULES
 from hf_vit.training.recipes import Recipe
 
 
@@ -75,10 +76,27 @@ class HfViTTrainingArguments(TrainingArguments):
         if self.dataloader_timeout < 0:
             raise ValueError(f"dataloader_timeout is {self.dataloader_timeout}, expected seconds, or 0 for ever")
         super().__post_init__()
+        self._refuse_what_does_nothing()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns
         if self.total_batch_size is not None:
             self._accumulate(self.total_batch_size)
+
+    def _refuse_what_does_nothing(self) -> None:
+        strategy = getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy)
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        asked = {
+            "train_sampling_strategy": (strategy if strategy != "random" else None, "pictures are always shuffled"),
+            "neftune_noise_alpha": (self.neftune_noise_alpha, "it is for embeddings of text"),
+            "auto_find_batch_size": (self.auto_find_batch_size, "the batch belongs to the recipe; lower it by hand"),
+            "lr_scheduler_kwargs": (
+                self.lr_scheduler_kwargs if schedule in SCHEDULES else None,
+                f"the reference's schedule {schedule} takes none",
+            ),
+        }
+        for name, (value, reason) in asked.items():
+            if value:
+                raise ValueError(f"{name} is {value}, which would do nothing: {reason}; leave it out")
 
     def _accumulate(self, total_batch_size: int) -> None:
         together = self.per_device_train_batch_size * max(1, self.n_gpu) * self.world_size

@@ -5,6 +5,7 @@ Letters: B samples, C channels, H x W pixels of the picture, h x w pixels that t
 
 import itertools
 import logging
+import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,6 +182,43 @@ class MixingCollator:
             else:
                 batch["labels"] = torch.nn.functional.one_hot(batch["labels"], self.num_classes).float()
         return batch
+
+
+@dataclass(frozen=True)
+class MaskingCollator:
+    """Pictures with patches to hide: `pixel_values`, `bool_masked_pos` (B, h*w) true where hidden, `index`.
+
+    A picture's mask depends on (seed, epoch, index) alone. Patches are hidden in square blocks.
+
+    Args:
+        grid: (h, w) in patches; `block` is how many of them a block is high and wide.
+        ratio: share of the blocks that is hidden, rounded up.
+    Source: SimMIM, https://arxiv.org/abs/2111.09886, section 3.2: 0.6 of blocks of 32 pixels.
+    """
+
+    grid: tuple[int, int]
+    block: int = 1
+    ratio: float = 0.6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.grid[0] % self.block or self.grid[1] % self.block:
+            raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} patches has no blocks of {self.block}")
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"mask ratio is {self.ratio}, expected a number in (0, 1)")
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate_images(samples)
+        batch.pop("labels", None)
+        batch["bool_masked_pos"] = torch.stack([self._mask(sample["epoch"], sample["index"]) for sample in samples])
+        return batch
+
+    def _mask(self, epoch: int, index: int) -> torch.Tensor:
+        height, width = self.grid[0] // self.block, self.grid[1] // self.block
+        with _seeded(self.seed, epoch, index, 1):  # another draw than the picture's augmentation
+            order = torch.randperm(height * width)
+        hidden = (order < math.ceil(self.ratio * height * width)).view(height, width)
+        return hidden.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1).flatten()
 
 
 class _Preparation:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_vit.containers import CheckpointError
+from hf_vit.training.sharding import put
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+EMA_FILE = "ema.safetensors"
 _SHOWN = 5
 
 
@@ -29,6 +31,16 @@ def write_manifest(folder: Path) -> None:
         if path.is_file() and path.name != MANIFEST
     }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def bytes_of_checkpoint(
+    model: nn.Module, averages: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer | None
+) -> int:
+    """Returns roughly what a checkpoint takes: the weights, their averages, and what the optimizer holds if saved."""
+    kept = [*model.state_dict().values(), *averages.values()]
+    if optimizer is not None:
+        kept += [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.numel() * value.element_size() for value in kept if isinstance(value, torch.Tensor))
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -79,23 +91,53 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path:
     raise CheckpointError(f"{output_dir}: expected a complete checkpoint to resume from, got {seen}: start afresh")
 
 
+def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path, *, needs_averages: bool) -> str | None:
+    """Returns the verified folder to go on from: the given one, or the newest complete one for True or `last`.
+
+    Raises:
+        CheckpointError: if it is damaged, there is none, or it is no more than a model.
+    """
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True or wanted == "last":
+        folder = newest_complete_checkpoint(output_dir)
+    else:
+        folder = Path(wanted)
+        verify_checkpoint(folder)
+    needed = ["trainer_state.json", "scheduler.pt"] + ([EMA_FILE] if needs_averages else [])
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {', '.join(missing)} missing: only its weights can be used, as a model")
+    return str(folder)
+
+
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Puts the weights saved in a checkpoint into `model`, every tensor of both.
+    """Puts the weights saved in a checkpoint into `model`, every tensor of both; of adapters, all that PEFT saved.
 
     Raises:
         CheckpointError: if a tensor is missing, left over or of another shape, or the file cannot be read.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
+    targets = model.state_dict()
     try:
-        if index.is_file():
+        if (folder / "adapter_config.json").is_file():
+            names, targets = ["adapter_model.safetensors"], _adapter_tensors(model)
+        elif index.is_file():
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         else:
             names = ["model.safetensors"]
         tensors = {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
-    restore_tensors(tensors, model.state_dict(), origin=str(folder))
+    restore_tensors(tensors, targets, origin=str(folder))
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What PEFT saves of a model, by the names it saves them under."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)
 
 
 @torch.no_grad()
@@ -120,7 +162,7 @@ def restore_tensors(saved: Mapping[str, torch.Tensor], targets: Mapping[str, tor
     if problems:
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(problems)}")
     for name, target in targets.items():
-        target.copy_(saved[name])
+        put(target, saved[name])
 
 
 def _sha256(path: Path) -> str:

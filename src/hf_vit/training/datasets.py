@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import PIL.Image
 import torch.distributed
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from datasets import load_dataset as load_hub_dataset
 from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
@@ -47,7 +47,7 @@ def load_splits(
     require_train: bool = True,
     num_workers: int | None = None,
     cache_dir: str | None = None,
-) -> DatasetDict | IterableDatasetDict:
+) -> DatasetDict | dict[str, Any]:
     """Open a dataset as `train` and `test`; indexing gives an upright RGB `image` and an integer `label`.
 
     Args:
@@ -56,7 +56,8 @@ def load_splits(
             embedded pictures, or a Hub dataset id.
         seed, test_size: the stratified split made where the dataset has no held-out part.
         image_column, label_column: needed only where the names and types leave a choice.
-        streaming: give iterable datasets and read nothing ahead; a bad picture is then met on the way.
+        streaming: give `train` as a stream and read nothing of it ahead; a bad picture is then met on the way. The
+            held-out part is a table in any case (of a Hub dataset in memory, as files are), so that all of it counts.
         bad_images: `fail` names every bad picture in one error before anything else happens, `skip` leaves them out
             and says how many.
         config_name: of a Hub dataset with several configurations.
@@ -83,7 +84,7 @@ def load_splits(
         if "test" not in parts:
             parts["train"], parts["test"] = stratified_split(parts["train"], test_size=test_size, seed=seed)
     if streaming:
-        return _streams(parts, dataset, bad_images)
+        return _streamed(parts, dataset, bad_images, num_workers)
     return DatasetDict({name: part.with_transform(decode_images) for name, part in parts.items()})
 
 
@@ -395,8 +396,8 @@ class _Named(io.BytesIO):
         self.name = name
 
 
-def _streams(parts: dict[str, Any], dataset: str, bad_images: str) -> IterableDatasetDict:
-    """The parts as streams of `image`, `label` and `index`, a number that depends on the picture alone."""
+def _streamed(parts: dict[str, Any], dataset: str, bad_images: str, num_workers: int | None) -> dict[str, Any]:
+    """`train` as a stream of `image`, `label` and `index`, a number that depends on the picture alone."""
     for name, part in parts.items():
         if not isinstance(part.features["label"], ClassLabel):
             raise ValueError(
@@ -404,14 +405,17 @@ def _streams(parts: dict[str, Any], dataset: str, bad_images: str) -> IterableDa
             )
     if "test" not in parts:  # of a Hub dataset: a local one has been split
         raise ValueError(f"{dataset} has no held-out part, and a stream cannot be split: load it with streaming=False")
-    streams: dict[Any, IterableDataset] = {}
-    for name, part in parts.items():
-        if isinstance(part, Dataset):
-            part = part.to_iterable_dataset(num_shards=min(len(part), STREAM_SHARDS))
-        features = Features({"image": Image(), "label": part.features["label"], "index": Value("int64")})
-        stream = part.map(_stream_sample, features=features, fn_kwargs={"skip": bad_images == "skip"})
-        streams[name] = stream.filter(_has_image)
-    return IterableDatasetDict(streams)
+    if "train" not in parts:
+        raise ValueError(f"{dataset} has nothing to train on, and only that is streamed: load it with streaming=False")
+    train, test = parts["train"], parts["test"]
+    if isinstance(train, Dataset):
+        train = train.to_iterable_dataset(num_shards=min(len(train), STREAM_SHARDS))
+    if isinstance(test, IterableDataset):
+        test = Dataset.from_list(list(test), features=test.features)
+    test = _without_bad_images({"test": test}, bad_images, num_workers)["test"]
+    features = Features({"image": Image(), "label": train.features["label"], "index": Value("int64")})
+    stream = train.map(_stream_sample, features=features, fn_kwargs={"skip": bad_images == "skip"})
+    return {"train": stream.filter(_has_image), "test": test.with_transform(decode_images)}
 
 
 def _stream_sample(sample: dict, skip: bool) -> dict:

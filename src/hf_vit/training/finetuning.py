@@ -1,30 +1,38 @@
 """What the fine-tuning commands share: their arguments, the model with its new head, the pictures, the export."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from huggingface_hub import EvalResult
 from torch import nn
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.atomic import atomic_folder
-from hf_vit.hub import write_model_card
+from hf_vit.hub import push, write_model_card
 from hf_vit.processors import processor_of
 from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults
-from hf_vit.training.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
-from hf_vit.training.datasets import default_num_workers, load_splits
+from hf_vit.training.augmentation import Augment, AugmentedImages, AugmentedStream, MixingCollator, collate_images
+from hf_vit.training.curves import draw_curves
+from hf_vit.training.datasets import default_num_workers, load_splits, shard_by_rank
+from hf_vit.training.metrics import compute_metrics, summarize_logits
 from hf_vit.training.recipes import find_recipe
+from hf_vit.training.sharding import is_spread, whole
+from hf_vit.training.trainer import HfViTTrainer
 
 
 # What belongs to the exported model, and is replaced with it; checkpoints, logs and the lock in the folder stay.
-EXPORTED = ("*.json", "*.safetensors", "README.md", ".eval_results")
+EXPORTED = ("*.json", "*.safetensors", "README.md", ".eval_results", "training_curves.png")
 _MAGNITUDE_UNIT = 3  # torchvision counts RandAugment's strength to 30, the papers and our recipes to 10
 
 
@@ -51,6 +59,9 @@ class DataArguments:
     test_size: float = field(default=0.2, metadata={"help": "Held out of each class, where nothing is held out yet."})
     split_seed: int = field(default=0, metadata={"help": "Of that split; not --seed, so that runs stay comparable."})
     bad_images: str = field(default="fail", metadata={"help": "Unreadable pictures.", "choices": ["fail", "skip"]})
+    streaming: bool = field(default=False, metadata={"help": "Read the training pictures as they are needed."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Pictures that a stream is shuffled among."})
+    dry_run: bool = field(default=False, metadata={"help": "With --push_to_hub: prepare all, send nothing."})
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class FineTuning:
 
     model: Any
     processor: HfViTImageProcessor
-    train: AugmentedImages
+    train: AugmentedImages | AugmentedStream
     test: AugmentedImages
     collator: Any
     class_names: list[str]
@@ -110,6 +121,8 @@ def parse_arguments(
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments) -> FineTuning:
     """Opens the pictures, then the model, with a new head unless it knows just these classes already."""
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("a stream has no epochs: say how long to train with --max_steps")
     splits = load_splits(
         data_args.dataset,
         seed=data_args.split_seed,
@@ -117,6 +130,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTra
         image_column=data_args.image_column,
         label_column=data_args.label_column,
         bad_images=data_args.bad_images,
+        streaming=data_args.streaming,
     )
     features: Any = splits["train"].features
     names = features["label"].names
@@ -129,11 +143,17 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: HfViTTra
         randaugment_magnitude=_MAGNITUDE_UNIT * args.randaugment_magnitude,
         erasing=args.random_erasing,
     )
+    train: AugmentedImages | AugmentedStream
+    if data_args.streaming:
+        stream: Any = splits["train"].shuffle(seed=args.seed, buffer_size=data_args.shuffle_buffer)
+        train = AugmentedStream(shard_by_rank(stream), processor, augment=augment, seed=args.seed, repeat=True)
+    else:
+        train = AugmentedImages(splits["train"], processor, augment=augment, seed=args.seed)
     is_mixed = args.mixup_alpha > 0 or args.cutmix_alpha > 0
     return FineTuning(
         model=_choose_trainable(model, model_args),
         processor=processor,
-        train=AugmentedImages(splits["train"], processor, augment=augment, seed=args.seed),
+        train=train,
         test=AugmentedImages(splits["test"], processor),
         collator=MixingCollator(len(names), args.mixup_alpha, args.cutmix_alpha, seed=args.seed)
         if is_mixed
@@ -164,6 +184,22 @@ def load_model(args: ModelArguments, class_names: Sequence[str]) -> HfViTForImag
     return model
 
 
+def make_trainer(task: FineTuning, args: HfViTTrainingArguments) -> HfViTTrainer:
+    """Returns the Trainer of a task; it pushes nothing on its way: `finish` does, once, when all is done."""
+    args = copy.copy(args)
+    args.push_to_hub = False
+    return HfViTTrainer(
+        model=task.model,
+        args=args,
+        train_dataset=task.train,
+        eval_dataset=task.test,
+        processing_class=task.processor,
+        data_collator=task.collator,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=summarize_logits,
+    )
+
+
 def export(
     trained: Any,
     folder: str | Path,
@@ -171,35 +207,105 @@ def export(
     task: FineTuning,
     results: Mapping[str, float],
     settings: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Puts the finished model into `folder`, whole: configuration, weights, processor, card, `results.json`.
+    """Puts the finished model into `folder`, whole: configuration, weights, processor, card, figures, curves.
 
-    Adapters are merged into the weights they adapt, so that the folder opens without PEFT.
+    Adapters are merged into the weights they adapt, so that the folder opens without PEFT. All processes must call
+    it, for the weights may be spread over them; the first one writes.
+
+    Args:
+        settings: how it was trained, for the card; its `dataset` is what `results` were measured on.
+        history: Trainer's log, which becomes `training_curves.png`.
     """
+    weights = whole(trained.state_dict()) if is_spread(trained) else None
+    if not PartialState().is_main_process:
+        return Path(folder)
     if hasattr(trained, "merge_and_unload"):
         trained = trained.merge_and_unload()
     with atomic_folder(folder, owned=EXPORTED) as staging:
-        trained.save_pretrained(staging)
+        trained.save_pretrained(staging, state_dict=weights)
         task.processor.save_pretrained(staging)
         (staging / "results.json").write_text(json.dumps(dict(results), indent=2) + "\n", encoding="utf-8")
-        write_model_card(staging, repo_id=Path(folder).resolve().name, recipe=settings)
+        if history:
+            draw_curves(history, staging / "training_curves.png")
+        write_model_card(
+            staging,
+            repo_id=Path(folder).resolve().name,
+            base_model=_hub_id(settings["fine-tuned from"]),
+            datasets=_hub_id(settings["dataset"]),
+            recipe=settings,
+            results=_card_results(settings["dataset"], results),
+        )
     return Path(folder)
 
 
+def finish(
+    trained: Any,
+    *,
+    task: FineTuning,
+    results: Mapping[str, float],
+    history: Sequence[Mapping[str, Any]],
+    arguments: tuple[ModelArguments, DataArguments, HfViTTrainingArguments],
+) -> str:
+    """Exports the finished model and pushes it where that was asked for; all processes must call it.
+
+    Returns:
+        What has been done, for the user; nothing on all processes but the first.
+    """
+    model_args, data_args, args = arguments
+    settings = card_settings(model_args, data_args, args)
+    folder = export(trained, args.output_dir, task=task, results=results, settings=settings, history=history)
+    if not PartialState().is_main_process:
+        return ""
+    done = f"accuracy {results['eval_accuracy']:.2%} on {len(task.test)} held-out pictures; the model is in {folder}"
+    if args.push_to_hub or data_args.dry_run:
+        repo_id = args.hub_model_id or folder.resolve().name
+        push(folder, repo_id, private=args.hub_private_repo, token=args.hub_token, dry_run=data_args.dry_run)
+        done += f", ready for {repo_id}; nothing was sent" if data_args.dry_run else f" and on the Hub as {repo_id}"
+    return done
+
+
 def card_settings(
-    model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments, results: Mapping[str, float]
+    model_args: ModelArguments, data_args: DataArguments, args: HfViTTrainingArguments
 ) -> dict[str, Any]:
     """Returns what a reader of the model card wants to know of the training, by name."""
     shown = {item.name for item in dataclasses.fields(HfViTTrainingArguments)}
     recipe = find_recipe(data_args.recipe).arguments(data_args.dataset)
     return {
-        "fine-tuned from": Path(model_args.model_name_or_path).name,
-        "dataset": data_args.dataset if "/" not in data_args.dataset else Path(data_args.dataset).name,
+        "fine-tuned from": _public_name(model_args.model_name_or_path),
+        "dataset": _public_name(data_args.dataset),
         "recipe": data_args.recipe,
         **{name: getattr(args, name) for name in recipe if name in shown},
         "seed": args.seed,
-        **{name.removeprefix("eval_"): round(value, 4) for name, value in results.items() if "accuracy" in name},
+        "processes": args.world_size,
     }
+
+
+def _public_name(source: str) -> str:
+    """A Hub id or an address as it is; of a file or folder here no more than its name."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _hub_id(name: str) -> str | None:
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def _card_results(dataset: str, results: Mapping[str, float]) -> list[EvalResult]:
+    names = {"eval_accuracy": "top-1 accuracy", "eval_top5_accuracy": "top-5 accuracy"}
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=round(results[key], 4),
+        )
+        for key, name in names.items()
+        if key in results
+    ]
 
 
 def _choose_trainable(model: HfViTForImageClassification, args: ModelArguments) -> nn.Module:

@@ -117,3 +117,18 @@ class WorkerDeaths:
             self._raise_if_dead(number, frame)
         else:
             self._is_pending = True
+
+
+def describe_worker_failure(error: BaseException, saved: str | None, *, timeout: float) -> str | None:
+    """Says what became of a DataLoader worker and where the training is saved; None for an error of another kind.
+
+    Args:
+        saved: the checkpoint written since, if any step was made.
+        timeout: seconds that a worker may take for a batch.
+    """
+    gone = isinstance(error, (ConnectionError, EOFError))  # it died while a batch was being handed over
+    if not gone and "DataLoader" not in str(error):
+        return None
+    what = f"DataLoader worker is gone: {error!r}" if gone else str(error)
+    where = f"what was trained is saved in {saved}" if saved else "no step was made yet"
+    return f"{what} (dataloader_timeout is {timeout:g} s); {where}"

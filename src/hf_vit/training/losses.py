@@ -1,6 +1,6 @@
 """The loss of image classification, for class indices and for soft labels, and what to say when it is not finite."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,3 +55,28 @@ def _describe_sample(dataset: Any, index: int) -> str:
     cell = rows.select([index]).with_format("arrow")[:].column("image").to_pylist()[0]
     path = cell.get("path") if isinstance(cell, dict) else None
     return f"{index} ({path})" if path else str(index)
+
+
+def describe_failure(
+    problem: str,
+    dataset: Any,
+    *,
+    step: int,
+    indices: Sequence[torch.Tensor],
+    logits: torch.Tensor | None = None,
+) -> str:
+    """Says what is not finite, at which step, and which training samples were in it.
+
+    Args:
+        indices: (B,) of each batch of the step so far.
+        logits: (B, K) of the last of them; where they are not finite themselves, only those samples are named.
+    """
+    rows = [int(index) for batch in indices for index in batch]
+    if logits is not None and indices and len(indices[-1]) == len(logits):
+        bad = ~torch.isfinite(logits.flatten(1)).all(dim=1)
+        rows = [int(index) for index in indices[-1][bad.to(indices[-1].device)]] or rows
+    samples = describe_samples(dataset, rows) if rows else "not known"
+    return (
+        f"{problem} at step {step}, before the weights were moved; training samples: {samples}. "
+        f"Look at these pictures, or lower the learning rate"
+    )

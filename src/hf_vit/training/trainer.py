@@ -19,25 +19,34 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_vit.atomic import atomic_folder, exclusive_lock
-from hf_vit.containers import CheckpointError
 from hf_vit.training.arguments import HfViTTrainingArguments
-from hf_vit.training.augmentation import EpochSampler, collate_images
+from hf_vit.training.assembly import build_optimizer, build_scheduler, training_loader
+from hf_vit.training.augmentation import collate_images
 from hf_vit.training.checkpointing import (
+    EMA_FILE,
+    bytes_of_checkpoint,
+    checkpoint_to_resume,
     load_weights,
-    newest_complete_checkpoint,
     restore_tensors,
     verify_checkpoint,
     write_manifest,
 )
 from hf_vit.training.ema import ExponentialMovingAverage
-from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, leave_signals_to_the_trainer
-from hf_vit.training.losses import DIVERGED, NonFiniteLossError, classification_loss, describe_samples
-from hf_vit.training.optimizers import SCHEDULES, MomentumSGD, clip_by_global_norm_, create_scheduler, parameter_groups
+from hf_vit.training.evaluation import generators_kept
+from hf_vit.training.interruption import (
+    StopSignals,
+    TrainingInterrupted,
+    WorkerDeaths,
+    describe_worker_failure,
+    leave_signals_to_the_trainer,
+)
+from hf_vit.training.loop import owes_evaluation
+from hf_vit.training.losses import DIVERGED, NonFiniteLossError, classification_loss, describe_failure
+from hf_vit.training.optimizers import clip_by_global_norm_
+from hf_vit.training.sharding import is_spread, restore_optimizer, whole
 
 
 logger = logging.getLogger(__name__)
-
-EMA_FILE = "ema.safetensors"
 
 
 class HfViTTrainer(Trainer):
@@ -60,6 +69,7 @@ class HfViTTrainer(Trainer):
         self._worker_deaths = WorkerDeaths()
         self._batch_indices: list[torch.Tensor] = []
         self._logits: torch.Tensor | None = None
+        self._picture_losses: list[torch.Tensor] = []
         self.add_callback(_StepEnd(self))
 
     def _own_model(self) -> Any:
@@ -81,7 +91,9 @@ class HfViTTrainer(Trainer):
         """
         lock = exclusive_lock(self.args.output_dir) if self.args.should_save else contextlib.nullcontext()
         with lock, StopSignals() as self._signals, WorkerDeaths() as self._worker_deaths:
-            self._resumed_from = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._resumed_from = checkpoint_to_resume(
+                resume_from_checkpoint, self.args.output_dir, needs_averages=self.args.ema_decay > 0
+            )
             result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         if self.ema is not None:
             if not self._is_best_loaded():
@@ -99,14 +111,10 @@ class HfViTTrainer(Trainer):
             saved = self._save_before_leaving()
             if self._signals.received is not None:
                 raise TrainingInterrupted(self._signals.received, saved) from error
-            if isinstance(error, (ConnectionError, EOFError)):  # it died while a batch was being handed over
-                error = RuntimeError(f"DataLoader worker is gone: {error!r}")
-            if "DataLoader" not in str(error):
+            failure = describe_worker_failure(error, saved, timeout=self.args.dataloader_timeout)
+            if failure is None:
                 raise
-            where = f"what was trained is saved in {saved}" if saved else "no step was made yet"
-            raise RuntimeError(
-                f"{error} (dataloader_timeout is {self.args.dataloader_timeout:g} s); {where}"
-            ) from error
+            raise RuntimeError(failure) from error
 
     def _save_before_leaving(self) -> str | None:
         step = self.state.global_step
@@ -156,45 +164,15 @@ class HfViTTrainer(Trainer):
         return norm
 
     def _about_this_batch(self, problem: str, logits: torch.Tensor | None) -> str:
-        indices = [int(index) for batch in self._batch_indices for index in batch]
-        if logits is not None and self._batch_indices and len(self._batch_indices[-1]) == len(logits):
-            bad = ~torch.isfinite(logits.flatten(1)).all(dim=1)
-            indices = [int(index) for index in self._batch_indices[-1][bad.cpu()]] or indices
-        samples = describe_samples(self.train_dataset, indices) if indices else "not known"
-        return (
-            f"{problem} at step {self.state.global_step + 1}, before the weights were moved; training samples: "
-            f"{samples}. Look at these pictures, or lower the learning rate"
-        )
+        step = self.state.global_step + 1
+        return describe_failure(problem, self.train_dataset, step=step, indices=self._batch_indices, logits=logits)
 
     # -- data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns a loader whose order and augmentation depend on (seed, epoch) alone, and on no global generator."""
-        dataset: Any = self.train_dataset
-        args = self.args
-        is_stream = isinstance(dataset, IterableDataset)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        workers: dict[str, Any] = {}
-        if args.dataloader_num_workers:
-            workers = {
-                "timeout": args.dataloader_timeout,
-                "persistent_workers": args.dataloader_persistent_workers,
-                "prefetch_factor": args.dataloader_prefetch_factor,
-                "multiprocessing_context": args.dataloader_multiprocessing_context,
-                "worker_init_fn": leave_signals_to_the_trainer,
-            }
-        loader = DataLoader(
-            dataset,
-            batch_size=self._train_batch_size,
-            sampler=None if is_stream else EpochSampler(dataset, seed=seed),
-            collate_fn=self.train_collator,
-            drop_last=args.dataloader_drop_last,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            generator=torch.Generator().manual_seed(seed),
-            **workers,
-        )
-        return loader if is_stream else self.accelerator.prepare(loader)
+        loader = training_loader(self.train_dataset, self.args, self.train_collator)
+        return loader if isinstance(self.train_dataset, IterableDataset) else self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Trainer's, with the timeout, and without drawing from the generator that training's dropout draws from."""
@@ -207,45 +185,41 @@ class HfViTTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, of the averaged weights while there are any."""
-        with self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
+        with generators_kept(), self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
             return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with each picture's own loss kept for `evaluation_loop`."""
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if isinstance(logits, torch.Tensor) and labels is not None:
+            losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            self._picture_losses.append(self.accelerator.gather_for_metrics(losses).cpu())
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's, with the mean over pictures as the loss: Trainer's counts what fills up a last batch twice."""
+        self._picture_losses = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._picture_losses and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = float(torch.cat(self._picture_losses).mean())
+        return output
 
     # -- optimizer and schedule ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns the reference's SGD for `optim="sgd"`, Trainer's optimizers for other names, on our groups."""
         if self.optimizer is None:
-            model, args = self._own_model() if model is None else model, self.args
-            groups = parameter_groups(
-                model,
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                layer_decay=args.layer_decay,
-                decay_all_parameters=args.decay_all_parameters,
-            )
-            if args.optim == "sgd":
-                dtype = getattr(torch, args.momentum_dtype)
-                self.optimizer = MomentumSGD(groups, args.learning_rate, accumulator_dtype=dtype)
-            else:
-                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(args, model)
-                self.optimizer = optimizer_class(groups, **settings)
+            self.optimizer = build_optimizer(self._own_model() if model is None else model, self.args)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Returns the reference's schedule for cosine, linear and constant, transformers' for other names."""
-        name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-        if self.lr_scheduler is None and name in SCHEDULES:
+        if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
             assert optimizer is not None
-            self.lr_scheduler = create_scheduler(
-                optimizer,
-                base_lr=self.args.learning_rate,
-                total_steps=num_training_steps,
-                warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                schedule=name,
-            )
+            self.lr_scheduler = build_scheduler(optimizer, self.args, total_steps=num_training_steps)
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        return self.lr_scheduler
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -258,9 +232,10 @@ class HfViTTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
+            averages = whole(self.ema.averages) if self.ema is not None else None
             if self.args.should_save:
-                if self.ema is not None:
-                    save_file(self.ema.averages, staging / EMA_FILE)
+                if averages is not None:
+                    save_file(averages, staging / EMA_FILE)
                 self._save_state(staging, run_dir)
         self._last_saved_step = step
         if self.args.push_to_hub:
@@ -273,7 +248,10 @@ class HfViTTrainer(Trainer):
     def _checkpoint_being_written(self, folder: Path) -> Generator[Path]:
         """Yield a hidden folder, the same on all processes, that becomes `folder` when all have written to it."""
         with contextlib.ExitStack() as stack:
-            needed = self._bytes_of_checkpoint()
+            averages = self.ema.averages if self.ema is not None else {}
+            needed = bytes_of_checkpoint(
+                self._own_model(), averages, None if self.args.save_only_model else self.optimizer
+            )
             staging = [None]
             if self.args.should_save:
                 staging = [str(stack.enter_context(atomic_folder(folder, needed=needed)))]
@@ -285,17 +263,13 @@ class HfViTTrainer(Trainer):
                 write_manifest(Path(str(staging[0])))
         self.accelerator.wait_for_everyone()
 
-    def _bytes_of_checkpoint(self) -> int:
-        """Roughly what a checkpoint takes: the weights, their average, and what this process's optimizer holds."""
-        kept = [*self._own_model().state_dict().values(), *(self.ema.averages.values() if self.ema else ())]
-        if self.optimizer is not None and not self.args.save_only_model:
-            kept += [value for state in self.optimizer.state.values() for value in state.values()]
-        return sum(value.numel() * value.element_size() for value in kept if isinstance(value, torch.Tensor))
-
-    def _save_state(self, staging: Path, run_dir: Path) -> None:
+    def _note_best_checkpoint(self, run_dir: Path) -> None:
         best = self.state.best_global_step
         if best and (best == self.state.global_step or (run_dir / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
+
+    def _save_state(self, staging: Path, run_dir: Path) -> None:
+        self._note_best_checkpoint(run_dir)
         kept: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
@@ -304,38 +278,48 @@ class HfViTTrainer(Trainer):
         self.state.save_to_json(str(staging / "trainer_state.json"))
         (staging / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; of a model spread over processes the whole, as `from_pretrained` opens it."""
+        if not is_spread(self._own_model()):
+            return super().save_model(output_dir, _internal_call)
+        state_dict = whole(self._own_model().state_dict())
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state_dict)
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        if not is_spread(self._own_model()):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_spread(self._own_model()):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        restore_optimizer(self.optimizer, torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        return None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle that nobody needs to run
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        if wanted is None or wanted is False:
-            return None
-        if wanted is True or wanted == "last":
-            folder = newest_complete_checkpoint(self.args.output_dir)
-        else:
-            folder = Path(wanted)
-            verify_checkpoint(folder)
-        needed = ["trainer_state.json", "scheduler.pt"] + ([EMA_FILE] if self.args.ema_decay else [])
-        missing = [name for name in needed if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder}: {', '.join(missing)} missing: only its weights can be used, as a model")
-        return str(folder)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled or _is_adapter(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self._own_model() if model is None else model, resume_from_checkpoint)
+        load_weights(self._own_model() if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
         verify_checkpoint(Path(best))
-        if self.is_fsdp_enabled or _is_adapter(best):
-            super()._load_best_model()
-        else:
-            load_weights(self._own_model(), best)
+        load_weights(self._own_model(), best)
         if self.ema is not None:
             self._load_ema(best)
             self.ema.exchange()
@@ -346,6 +330,12 @@ class HfViTTrainer(Trainer):
     def _load_ema(self, checkpoint: str) -> None:
         assert self.ema is not None
         restore_tensors(load_file(Path(checkpoint) / EMA_FILE), self.ema.averages, origin=f"{checkpoint}/{EMA_FILE}")
+
+    def _make_up_evaluation(self) -> None:
+        """Evaluates after the step at which an interrupted training was left, where that would have been done."""
+        if self._resumed_from is not None and owes_evaluation(self.args, self.state):
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            self._note_best_checkpoint(Path(self.args.output_dir))
 
     def _begin_averaging(self) -> None:
         self.ema = ExponentialMovingAverage(self._own_model(), self.args.ema_decay)
@@ -362,6 +352,7 @@ class _StepEnd(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.ema_decay:
             self.trainer._begin_averaging()
+        self.trainer._make_up_evaluation()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -372,5 +363,23 @@ class _StepEnd(TrainerCallback):
             raise TrainingInterrupted(number, trainer._save_before_leaving())
 
 
-def _is_adapter(checkpoint: str) -> bool:
-    return (Path(checkpoint) / "adapter_config.json").is_file()
+class MaskedImageTrainer(HfViTTrainer):
+    """HfViTTrainer of `HfViTForMaskedImageModeling`: the model's own loss, on held-out pictures by fixed masks.
+
+    Args:
+        data_collator: a `MaskingCollator`, of training and evaluation alike.
+    """
+
+    def __init__(self, *args: Any, data_collator: Callable, **kwargs: Any):
+        super().__init__(*args, data_collator=data_collator, **kwargs)
+        self.data_collator = data_collator
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Returns the mean absolute difference on hidden pixels, as this batch's share of the accumulated ones."""
+        outputs = model(pixel_values=inputs["pixel_values"], bool_masked_pos=inputs["bool_masked_pos"])
+        loss = outputs.loss / (self.current_gradient_accumulation_steps if model.training else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
