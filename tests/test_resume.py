@@ -216,7 +216,7 @@ def test_the_best_model_is_returned_whole(ema_decay, tmp_path):
         "save_strategy": "steps",
         "save_steps": 2,
         "metric_for_best_model": "loss",
-        "greater_is_better": True,  # the worst is asked for, so that the best is not simply the last
+        "greater_is_better": False,  # the least is in the middle of this training
         "load_best_model_at_end": True,
         "ema_decay": ema_decay,
     }
