@@ -28,6 +28,7 @@ from .hub_cache import verify_download, verify_snapshot
 from .jax_checkpoints import local_checkpoint, open_jax_checkpoint, write_jax_checkpoint
 from .labels import head_kind, id2label, problem_type
 from .layouts import own_shapes
+from .mapped_loading import load_mapped
 from .modeling_hf_vit import (
     HfViTBackbone,
     HfViTForImageClassification,
@@ -324,6 +325,14 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *
             _check_headers(cls, source, own, hub, allow_new_head=asked, left_out=left_out)
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
+        elif not (asked or model_args or stored.get("quantization_config")) and Path(source).is_dir():
+            others = {name: value for name, value in kwargs.items() if name not in _CONFIG_FIELDS}
+            model = load_mapped(cls, Path(source) / hub.get("subfolder", ""), own, others)
+            if model is not None:
+                _refuse_non_finite(label, model)
+                if wanted is not None:
+                    model.resize_position_embeddings(wanted)
+                return model
     result = _load_strictly(cls, source, label, *model_args, allow_new_head=asked, left_out=left_out, **kwargs)
     if not Path(source).is_dir():
         verify_download(source, **{name: hub[name] for name in ("cache_dir", "revision", "subfolder") if name in hub})
@@ -434,9 +443,7 @@ def _load_strictly(
         ]
         problems = two_lists("its tensors are not those of the model", missing, extra)
         raise CheckpointError(f"{label}: {problems}" + (listing("; mis-shaped", shapes, "!") if lost else ""))
-    bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and not is_finite(value)]
-    if bad:
-        raise CheckpointError(f"{label}: {listing('tensors with NaN or Inf', bad, '!')}")
+    _refuse_non_finite(label, model)
     unread = sorted(name for name in bare if bare[name].startswith(left_out))
     if unread:
         logger.warning(listing(f"{label}: not read", unread, "-"))
@@ -444,6 +451,12 @@ def _load_strictly(
     if new:
         logger.warning(listing(f"{label}: made new, because the checkpoint has none that fits", new, "+"))
     return model
+
+
+def _refuse_non_finite(label: str, model: HfViTPreTrainedModel) -> None:
+    bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and not is_finite(value)]
+    if bad:
+        raise CheckpointError(f"{label}: {listing('tensors with NaN or Inf', bad, '!')}")
 
 
 @contextlib.contextmanager

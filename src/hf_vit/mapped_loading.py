@@ -1,0 +1,76 @@
+"""The short way from a local folder of ours to a model: built without memory, its tensors those of the mapped file.
+
+transformers' own loading takes any device map, quantiser, dtype and adapter; where none is asked for and every tensor
+is in one file, nothing of that is needed. Whatever else is asked for goes the long way.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from transformers import initialization
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
+
+from .configuration_hf_vit import HfViTConfig
+from .modeling_hf_vit import HfViTPreTrainedModel
+
+
+# what may be given besides fields of the configuration, and changes nothing where it is this
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": (None, "eager", "sdpa"),
+    "device_map": (None,),
+    "low_cpu_mem_usage": (None, True, False),
+    "use_safetensors": (None, True),
+    "output_loading_info": (None, False),
+    "ignore_mismatched_sizes": (None, False),
+    "local_files_only": (None, True, False),
+}
+
+
+def load_mapped(
+    cls: type[HfViTPreTrainedModel], folder: Path, config: HfViTConfig, asked: dict[str, Any]
+) -> HfViTPreTrainedModel | None:
+    """Return the model of a folder of ours, on the CPU; None where it takes transformers' loading.
+
+    The tensors are the mapped file's: read when first used, copied when first written to.
+
+    Args:
+        config: What the folder's `config.json` and the caller say.
+        asked: The other keywords of `from_pretrained`.
+    """
+    path = folder / "model.safetensors"
+    dtype = _dtype(config, asked)
+    others = {name: value for name, value in asked.items() if name not in ("dtype", "torch_dtype")}
+    if dtype is None or any(value not in _DEFAULTS.get(name, ()) for name, value in others.items()):
+        return None
+    if not path.is_file() or (folder / "adapter_config.json").is_file() or _elsewhere():
+        return None
+    with safetensors.safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    attention = {name: others[name] for name in ("attn_implementation",) if others.get(name) is not None}
+    with initialization.no_init_weights(), torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype, **attention)
+    expected = model.state_dict()
+    if expected.keys() != state.keys() or any(value.dtype != dtype for value in state.values()):
+        return None
+    if any(value.shape != state[name].shape for name, value in expected.items()):
+        return None
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _dtype(config: HfViTConfig, asked: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that the model is to have, where the keywords and the configuration say one."""
+    wanted = [asked[name] for name in ("dtype", "torch_dtype") if asked.get(name) not in (None, "auto")]
+    found = (wanted or [config.dtype])[0]
+    return getattr(torch, found, None) if isinstance(found, str) else found
+
+
+def _elsewhere() -> bool:
+    """Whether parameters are to be made on another device or in parts."""
+    return is_deepspeed_zero3_enabled() or is_fsdp_enabled() or torch.get_default_device().type != "cpu"
+
+
+__all__ = ["load_mapped"]
