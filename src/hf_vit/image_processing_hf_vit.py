@@ -144,9 +144,9 @@ def interpolate_bilinear(image: torch.Tensor, height: int, width: int) -> torch.
     pixels = image.permute(1, 2, 0)  # (H, W, C), the layout that pictures are decoded in
     needed, top, bottom, down = (part.to(image.device) for part in _neighbours(len(pixels), height))
     left, right, across = (part.to(image.device) for part in _interleaved(pixels.shape[1], width, len(image)))
-    strip = pixels.index_select(0, needed).flatten(1)  # (rows needed, W * C)
-    start = strip.index_select(1, left).float()  # (rows needed, w * C)
-    rows = strip.index_select(1, right).float().sub_(start).mul_(across).add_(start)
+    strip = pixels.index_select(0, needed).flatten(1).float()  # (rows needed, W * C)
+    start = strip.index_select(1, left)  # (rows needed, w * C)
+    rows = strip.index_select(1, right).sub_(start).mul_(across).add_(start)
     upper = rows.index_select(0, top)  # (h, w * C)
     resized = rows.index_select(0, bottom).sub_(upper).mul_(down[:, None]).add_(upper)
     return resized.unflatten(1, (width, len(image))).permute(2, 0, 1)
