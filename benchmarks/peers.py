@@ -7,7 +7,7 @@ import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -125,7 +125,9 @@ def openvino_model(path: Path, precision: str, shape: tuple[int, ...], calibrati
         import nncf
 
         dataset = nncf.Dataset([picture[None].numpy() for picture in calibration])
-        network = nncf.quantize(network, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
+        settings = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(calibration)}
+        with redirect_stdout(StringIO()):  # its progress
+            network = nncf.quantize(network, dataset, **settings)
     network.reshape({0: openvino.PartialShape(list(shape))})
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -4,7 +4,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +215,9 @@ def loading(rounds: int, *, full: bool) -> Iterator[Cell]:
     for preset in ("ViT-B_16", "ViT-L_16"):
         with tempfile.TemporaryDirectory() as folder:
             model = random_model(preset)
-            model.save_pretrained(f"{folder}/ours")
-            export_transformers(model, f"{folder}/transformers")
+            with redirect_stderr(StringIO()):  # the progress of writing
+                model.save_pretrained(f"{folder}/ours")
+                export_transformers(model, f"{folder}/transformers")
             del model
             runs: dict[str, Callable[[], Any]] = {
                 "hf-vit": lambda folder=folder: HfViTForImageClassification.from_pretrained(f"{folder}/ours"),
@@ -233,7 +236,7 @@ def conversion(rounds: int, *, full: bool) -> Iterator[Cell]:
         write_jax_checkpoint(model.state_dict(), model.config, source)
         del model
         runs: dict[str, Callable[[], Any]] = {
-            "hf-vit": lambda: convert_jax_checkpoint(source, f"{folder}/out"),
+            "hf-vit": lambda: converted(source, Path(folder) / "out"),
             "copy of the file": lambda: shutil.copyfile(source, f"{folder}/copy"),
         }
         times = in_turn(runs, max(3, rounds // 2))
@@ -246,6 +249,11 @@ print("peak", high() - before)
 """
         memory = {"hf-vit": of_process(code, str(source), f"{folder}/again")[1]}
         yield Cell("conversion", f"{preset} .npz to safetensors", times, memory=memory)
+
+
+def converted(source: Path, folder: Path) -> None:
+    with redirect_stderr(StringIO()):
+        convert_jax_checkpoint(source, folder)
 
 
 def imports(rounds: int, *, full: bool) -> Iterator[Cell]:
