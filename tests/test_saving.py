@@ -11,6 +11,7 @@ from measuring import depth, run_alone
 from safetensors.torch import load_file
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
+from hf_vit.atomic import atomic_folder
 from hf_vit.checkpoints import convert_jax_checkpoint, write_jax_checkpoint
 from hf_vit.export import export_timm, export_transformers
 
@@ -321,3 +322,10 @@ def assert_same_weights(model, path):
     saved = load_file(path)
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_writer_reads_what_he_has_written_so_far(model, tmp_path):
+    with atomic_folder(tmp_path / "out") as staging:
+        model.save_pretrained(staging)
+        found = HfViTForImageClassification.from_pretrained(staging)  # waits for nobody
+    assert torch.equal(found.classifier.weight, model.classifier.weight)

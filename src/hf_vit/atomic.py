@@ -92,8 +92,12 @@ def steady_folder(path: str | Path) -> Generator[Path]:
     Opening several files of one folder by its name can meet the old folder for the first and the new one for the
     second. The yielded path (`/proc/self/fd/N`; the folder's own where there is no /proc) means one folder for good:
     writers of this module leave what they replaced in place until its readers are done. Use it inside the block only,
-    and record `path`, not the yielded one.
+    and record `path`, not the yielded one. The temporary folder of a writer, who reads what he has written so far, is
+    yielded as it is.
     """
+    if is_being_written(Path(path).resolve()):  # its lock is the writer's, who would wait for himself
+        yield Path(path)
+        return
     while True:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
