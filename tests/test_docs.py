@@ -54,7 +54,7 @@ def test_links_lead_to_lines_that_hold_what_they_are_called():
     [
         ("modeling_hf_vit.Blocks", "expected one Blocks in modeling_hf_vit.py, got 0"),
         ("modeling_hf_vit.Block.forward > self.nothing", "expected one line with 'self.nothing'"),
-        ("modeling_hf_vit.Block.forward > x", "expected one line with 'x' in modeling_hf_vit.Block.forward, got 4"),
+        ("modeling_hf_vit.Block.forward > x", "expected one line with 'x' in modeling_hf_vit.Block.forward, got 7"),
     ],
 )
 def test_a_link_that_finds_no_line_stops_the_script(target, message):

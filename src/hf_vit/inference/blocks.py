@@ -15,7 +15,15 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from hf_vit.modeling_hf_vit import Attention, Block, Encoder, HfViTPreTrainedModel, Mlp, attention_probabilities
+from hf_vit.modeling_hf_vit import (
+    FEW_TOKENS,
+    Attention,
+    Block,
+    Encoder,
+    HfViTPreTrainedModel,
+    Mlp,
+    attention_probabilities,
+)
 
 from .onednn import GELU_ALGORITHMS, PackedLinear, linear_works
 
@@ -236,7 +244,7 @@ class PreparedBlock(Block):
         context = self.attention_norm(x)
         queries = context
         if class_token_only:
-            x, queries = x[:, :1], context[:, :1]
+            x, queries = x[:, :FEW_TOKENS], context[:, :FEW_TOKENS]
         x, _ = self.attn(queries, attention_mask, context=context, residual=x, **kwargs)
         return self.ffn(self.ffn_norm(x), residual=x)
 

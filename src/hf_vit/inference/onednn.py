@@ -70,13 +70,27 @@ class Int8Linear(nn.Module):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return float32 of an input of uint8, the residual added; or uint8 of the scale and zero point `output`."""
+        x = x.contiguous()
         scale, zero_point = output or (1.0, 0)
         dtype = torch.float32 if output is None else torch.uint8
         operands = (self.scale, self.zero_point, self.packed, self.steps, self.zeros)
         if residual is not None:
             linear = torch.ops.onednn.qlinear_pointwise.binary
             return linear(
-                x, *operands, residual, self.bias, scale, zero_point, dtype, 1.0, 0, "add", 1.0, "none", [], ""
+                x,
+                *operands,
+                residual.contiguous(),
+                self.bias,
+                scale,
+                zero_point,
+                dtype,
+                1.0,
+                0,
+                "add",
+                1.0,
+                "none",
+                [],
+                "",
             )
         fused = ("none", [], "") if activation is None else ("gelu", [], GELU_ALGORITHMS[activation])
         return torch.ops.onednn.qlinear_pointwise(x, *operands, self.bias, scale, zero_point, dtype, *fused)

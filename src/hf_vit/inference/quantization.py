@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_vit.modeling_hf_vit import Attention, Block, HfViTPreTrainedModel
+from hf_vit.modeling_hf_vit import FEW_TOKENS, Attention, Block, HfViTPreTrainedModel
 
 from .blocks import PreparedAttention, blocks_of
 from .onednn import GELU_ALGORITHMS, Int8Linear
@@ -202,7 +202,7 @@ class Int8Block(Block):
         context = self.attention_norm(x)
         queries = context
         if class_token_only:
-            x, queries = x[:, :1], context[:, :1]
+            x, queries = x[:, :FEW_TOKENS], context[:, :FEW_TOKENS]
         x, _ = self.attn(queries, attention_mask, context=context, residual=x, **kwargs)
         return self.ffn(self.ffn_norm(x), residual=x, activation=self.hidden_act)
 
