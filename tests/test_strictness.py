@@ -216,6 +216,17 @@ HOSTILE_TIMM = [
 
 
 @pytest.mark.reliability(row="W05")
+@pytest.mark.parametrize("dtype", [3, True, "int8", "quick"], ids=str)
+def test_weights_of_no_floating_point_dtype_are_refused(tmp_path, dtype):
+    HfViTForImageClassification(HfViTConfig(**TINY)).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "dtype": dtype}))
+    with pytest.raises(CheckpointError) as error:
+        HfViTForImageClassification.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.reliability(row="W05")
 @pytest.mark.parametrize("fields", HOSTILE, ids=str)
 @pytest.mark.parametrize("kind", ["own", "transformers"])
 def test_a_configuration_that_no_model_has_is_refused_with_the_name_of_the_file(tmp_path, kind, fields):

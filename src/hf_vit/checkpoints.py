@@ -356,6 +356,10 @@ def _checked_config(
         origin = (config.checkpoint_layout or {}).get("num_attention_heads") or config.num_attention_heads
     except UNFIT as error:
         raise CheckpointError(f"{label} describes no model: {error}") from error
+    if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
+        raise CheckpointError(
+            f"{label} has dtype {config.dtype!r}: expected one of floating-point numbers, as float32"
+        )
     if isinstance(given, HfViTConfig):
         image_size, config = config.image_size, copy.deepcopy(given)
         config.image_size = image_size

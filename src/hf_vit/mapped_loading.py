@@ -65,7 +65,8 @@ def _dtype(config: HfViTConfig, asked: dict[str, Any]) -> torch.dtype | None:
     """The dtype that the model is to have, where the keywords and the configuration say one."""
     wanted = [asked[name] for name in ("dtype", "torch_dtype") if asked.get(name) not in (None, "auto")]
     found = (wanted or [config.dtype])[0]
-    return getattr(torch, found, None) if isinstance(found, str) else found
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def _elsewhere() -> bool:
