@@ -12,15 +12,14 @@ arXiv:2211.10438, strength 1/2). A site's scale is the one with the least square
 import contextlib
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_vit.modeling_hf_vit import FEW_TOKENS, Attention, Block, HfViTPreTrainedModel
+from hf_vit.modeling_hf_vit import Attention, Block, HfViTPreTrainedModel
 
-from .blocks import PreparedAttention, blocks_of
+from .blocks import PreparedAttention, PreparedBlock, blocks_of
 from .onednn import GELU_ALGORITHMS, Int8Linear
 
 
@@ -159,23 +158,25 @@ class _Whole(nn.Module):
 class Int8Mlp(nn.Module):
     """The MLP with a hidden layer of uint8."""
 
-    def __init__(self, mlp: Any, divisor: torch.Tensor, read: tuple[float, int], hidden: tuple[float, int], rows: int):
+    def __init__(
+        self, block: Block, divisor: torch.Tensor, read: tuple[float, int], hidden: tuple[float, int], rows: int
+    ):
         super().__init__()
+        self.hidden_act = block.attn.config.hidden_act
         self.hidden_steps = hidden
-        self.fc1 = Int8Linear(mlp.fc1.weight * divisor, mlp.fc1.bias, *read, rows=rows)
-        self.fc2 = Int8Linear(mlp.fc2.weight, mlp.fc2.bias, *hidden, rows=rows)
+        self.fc1 = Int8Linear(block.ffn.fc1.weight * divisor, block.ffn.fc1.bias, *read, rows=rows)
+        self.fc2 = Int8Linear(block.ffn.fc2.weight, block.ffn.fc2.bias, *hidden, rows=rows)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, activation: str) -> torch.Tensor:
-        x = self.fc1(x, activation=activation, output=self.hidden_steps)  # (B, N, intermediate_size), uint8
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(x, activation=self.hidden_act, output=self.hidden_steps)  # (B, N, intermediate_size), uint8
         return self.fc2(x, residual=residual)
 
 
-class Int8Block(Block):
+class Int8Block(PreparedBlock):
     """One block in int8."""
 
     def __init__(self, block: Block, sites: dict[str, Site], tokens: torch.Tensor, *, is_last: bool):
         nn.Module.__init__(self)
-        self.hidden_act = block.attn.config.hidden_act
         steps = {name: sites[name].scale_and_zero_point() for name in ("out", "fc2")}
         read = torch.cat([block.attn.query.weight, block.attn.key.weight, block.attn.value.weight])
         divisors = {
@@ -190,21 +191,7 @@ class Int8Block(Block):
         )
         self.ffn_norm = QuantizedNorm(block.ffn_norm, divisors["fc1"], *steps["fc1"])
         rows = tokens.shape[0] * tokens.shape[1]
-        self.ffn = Int8Mlp(block.ffn, divisors["fc1"], steps["fc1"], steps["fc2"], rows)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        class_token_only: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        context = self.attention_norm(x)
-        queries = context
-        if class_token_only:
-            x, queries = x[:, :FEW_TOKENS], context[:, :FEW_TOKENS]
-        x, _ = self.attn(queries, attention_mask, context=context, residual=x, **kwargs)
-        return self.ffn(self.ffn_norm(x), residual=x, activation=self.hidden_act)
+        self.ffn = Int8Mlp(block, divisors["fc1"], steps["fc1"], steps["fc2"], rows)
 
 
 def _divisor(site: Site, weight: torch.Tensor) -> torch.Tensor:
