@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
+_PAUSE = 0.05  # seconds
+
+
 class Timing(NamedTuple):
     """Seconds of every counted round."""
 
@@ -30,10 +33,15 @@ class Timing(NamedTuple):
 def in_turn(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timing]:
-    """Return the time of each contender over `rounds` rounds, after one that is not counted."""
+    """Return the time of each contender over `rounds` rounds, after one that is not counted.
+
+    Every other round goes backwards, and each starts after a pause: the threads of some libraries go on spinning for a
+    while after a run, at the expense of whoever comes next.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds + 1):
-        for name, run in contenders.items():
+        for name, run in list(contenders.items())[:: 1 if i % 2 else -1]:
+            time.sleep(_PAUSE)
             start = clock()
             run()
             if i:

@@ -79,10 +79,10 @@ def forward_passes(model: HfViTForImageClassification, precision: str, batch: in
     calibration = calibration_pixels(size)
     others = {} if precision == "int8" else torch_models(model)
     if precision == "f32":
-        peers |= {"plain": logits_of(model), "prepared": logits_of(prepare(model))}
+        peers |= {"plain": logits_of(model), "prepared": logits_of(prepare(model, batch_size=batch))}
         peers |= {name: logits_of(other) for name, other in others.items()}
     elif precision == "bf16":
-        peers["prepared"] = logits_of(prepare(model, dtype=torch.bfloat16))
+        peers["prepared"] = logits_of(prepare(model, dtype=torch.bfloat16, batch_size=batch))
         peers |= {name: in_bfloat16(other) for name, other in others.items()}
     else:
         peers["prepared"] = logits_of(prepare(model, dtype=torch.int8, calibration=[calibration]))

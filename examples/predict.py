@@ -88,7 +88,7 @@ def prepared(
     """Return the model prepared for inference; int8 is calibrated on the first pictures that can be read."""
     dtype = getattr(torch, args.prepare)
     if dtype != torch.int8:
-        return prepare(model, dtype=dtype)
+        return prepare(model, dtype=dtype, batch_size=args.batch_size)
     pictures = [picture for _, picture in read_all(paths[:CALIBRATION_PICTURES], [])]
     batches = [pictures[i : i + args.batch_size] for i in range(0, len(pictures), args.batch_size)]
     calibration = (processor(batch, return_tensors="pt")["pixel_values"] for batch in batches)

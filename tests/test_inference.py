@@ -1,6 +1,8 @@
 """A model prepared for inference: the plain model's numbers, in every configuration, from every kernel."""
 
+import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,10 +18,12 @@ from hf_vit import (
     HfViTImageProcessor,
     HfViTModel,
 )
-from hf_vit.inference import blocks, onednn, preparation, prepare
-from hf_vit.inference.blocks import BlasLinear, PreparedBlock, gelu_tanh_
+from hf_vit.inference import blocks, kernels, onednn, preparation, prepare
+from hf_vit.inference.blocks import PreparedBlock
+from hf_vit.inference.kernels import BlasLinear
 from hf_vit.inference.onednn import PackedLinear
 from hf_vit.inference.quantization import Int8Block
+from hf_vit.modeling_hf_vit import gelu_tanh_
 
 
 TINY = {
@@ -121,6 +125,45 @@ def test_masked_tokens_and_other_sizes_are_taken(kernel):
         )
 
 
+@pytest.fixture
+def plain_products(monkeypatch):
+    monkeypatch.setattr(preparation, "fastest_kernel", lambda block, tokens: BlasLinear)
+
+
+def test_what_a_call_returned_is_not_overwritten_by_the_next(plain_products):
+    model = build(HfViTModel)
+    fast = prepare(model)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    results = []
+    for mode, pictures in ((torch.inference_mode, 2), (torch.no_grad, 5), (torch.enable_grad, 1), (torch.no_grad, 3)):
+        pixels = pixels_for(model, pictures)
+        with mode():
+            results.append((fast(pixels, **asked), pixels))
+    for found, pixels in results:
+        with torch.no_grad():
+            expected = model(pixels, **asked)
+        assert_close(found.last_hidden_state, expected.last_hidden_state)
+        for name in asked:
+            for a, b in zip(found[name[7:]], expected[name[7:]], strict=True):
+                assert_close(a, b)
+
+
+def test_threads_do_not_share_what_lies_between_the_products(plain_products):
+    model = build(num_hidden_layers=6)
+    fast = copy.deepcopy(prepare(model))
+    batches = [torch.randn(4, 3, 32, 32) for _ in range(24)]
+    with torch.inference_mode():
+        expected = [model(pixels).logits for pixels in batches]
+
+    def run(pixels):
+        with torch.inference_mode():
+            return fast(pixels).logits
+
+    with ThreadPoolExecutor(4) as threads:
+        for found, wanted in zip(threads.map(run, batches), expected, strict=True):
+            assert_close(found, wanted)
+
+
 def test_the_model_stays_as_it_was_and_the_copy_does_not_follow_it():
     model = build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -208,7 +251,7 @@ def test_bfloat16_falls_back_to_float32_and_says_so(monkeypatch, caplog):
 
 
 def test_a_build_without_the_operators_falls_back_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(blocks, "linear_works", lambda dtype: False)
+    monkeypatch.setattr(kernels, "linear_works", lambda dtype: False)
     model = build()
     with caplog.at_level("WARNING"):
         fast = prepare(model)
@@ -252,6 +295,11 @@ def test_int8_needs_pictures_and_a_gelu():
         prepare(model, dtype=torch.float16)
 
 
+def test_a_batch_size_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 0: expected"):
+        prepare(build(), batch_size=0)
+
+
 # -- parts
 
 
@@ -261,6 +309,8 @@ def test_the_quick_gelu_is_the_tanh_gelu():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(gelu_tanh_(x.clone()), F.gelu(x, approximate="tanh"), atol=2e-6, rtol=1e-6)
+        x, bias = torch.randn(300, 7), torch.randn(7)
+        torch.testing.assert_close(gelu_tanh_(x.clone(), bias), F.gelu(x + bias, approximate="tanh"))
 
 
 def test_the_operators_of_this_build_are_found_and_agree():

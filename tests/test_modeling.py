@@ -135,6 +135,49 @@ def test_a_hook_in_the_last_block_sees_all_tokens(pixels):
     assert seen == [(2, 17, 24)]
 
 
+def test_the_activation_without_gradients_is_the_one_with_them(pixels):
+    model = randomised(HfViTForImageClassification(tiny()))
+    with torch.no_grad():
+        logits = model(pixels).logits
+    torch.testing.assert_close(logits, model(pixels).logits, atol=1e-6, rtol=1e-6)
+
+
+def test_another_activation_put_in_by_hand_is_the_one_that_counts(pixels):
+    model = randomised(HfViTForImageClassification(tiny()))
+    for block in model.vit.encoder.layer:
+        block.ffn.activation = torch.nn.ReLU()
+    with torch.no_grad():
+        logits = model(pixels).logits
+    torch.testing.assert_close(logits, model(pixels).logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["fc1", "activation"])
+def test_a_hook_in_the_mlp_sees_what_came_out_of_its_layer(place, pixels):
+    model = randomised(HfViTForImageClassification(tiny()))
+    seen = []
+    module = model.vit.encoder.layer[0].ffn.get_submodule(place)
+    module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model(pixels)
+    (x, output) = seen[0]
+    torch.testing.assert_close(module.forward(x), output)
+
+
+def test_models_of_an_ensemble_run_at_once_without_gradients(pixels):
+    models = [
+        randomised(HfViTForImageClassification._from_config(tiny(), attn_implementation="eager")) for _ in range(2)
+    ]
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def logits(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (pixels,)).logits
+
+    with torch.no_grad():
+        found = torch.vmap(logits)(parameters, buffers)
+        for one, model in zip(found, models, strict=True):
+            torch.testing.assert_close(one, model(pixels).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_backends_agree(pixels):
     eager = randomised(HfViTForImageClassification._from_config(tiny(), attn_implementation="eager"))
     sdpa = HfViTForImageClassification._from_config(tiny(), attn_implementation="sdpa").eval()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUTanh
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -230,8 +230,30 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.dropout(self.activation(self.fc1(x)))  # (B, N, intermediate_size)
-        return self.dropout(self.fc2(x))
+        x = self.fc1(x)  # (B, N, intermediate_size)
+        x = gelu_tanh_(x) if self._may_overwrite(x) else self.activation(x)
+        return self.dropout(self.fc2(self.dropout(x)))
+
+    def _may_overwrite(self, x: torch.Tensor) -> bool:
+        """Whether `gelu_tanh_` can stand for the activation: nobody else sees `x`, and nothing records the steps."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        is_plain = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+        is_alone = type(self.fc1) is nn.Linear and type(self.activation) is GELUTanh and not _has_hooks(self)
+        return is_plain and is_alone
+
+
+def gelu_tanh_(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Apply the tanh GELU in place, to x + bias, in pieces that stay in the cache of a CPU.
+
+    x * sigmoid(2u) is x * (1 + tanh(u)) / 2, and a sigmoid is quicker than a tanh.
+    """
+    for rows in x.view(-1, x.shape[-1]).split(64 * torch.get_num_threads()):
+        if bias is not None:
+            rows.add_(bias)
+        twice_u = torch.addcmul(rows, rows * rows, rows, value=0.044715).mul_(2 * (2 / torch.pi) ** 0.5)
+        rows.mul_(twice_u.sigmoid_())
+    return x
 
 
 class DropPath(nn.Module):

@@ -1,19 +1,16 @@
-"""Blocks for inference on a CPU: attention with one product for its input, and a choice of kernels.
+"""Blocks for inference on a CPU: attention with one product for its input, the linear layers by the fastest kernels.
 
 Shapes: B pictures, N tokens, D `hidden_size`, K heads of d = D / K.
 """
 
 import copy
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.utils import logging
 
 from hf_vit.modeling_hf_vit import (
     FEW_TOKENS,
@@ -25,14 +22,7 @@ from hf_vit.modeling_hf_vit import (
     attention_probabilities,
 )
 
-from .onednn import GELU_ALGORITHMS, PackedLinear, linear_works
-
-
-logger = logging.get_logger(__name__)
-
-Kernel = Callable[..., nn.Module]  # (weight, bias, rows) -> a module of (x, activation=, residual=)
-
-_TRIAL_RUNS = 3
+from .kernels import BlasLinear, Kernel, Scratch, quickest
 
 
 def encoder_of(model: HfViTPreTrainedModel) -> Encoder:
@@ -45,67 +35,6 @@ def encoder_of(model: HfViTPreTrainedModel) -> Encoder:
 def blocks_of(model: HfViTPreTrainedModel) -> list[Block]:
     """Return the blocks of a model of any class of ours."""
     return [block for block in encoder_of(model).layer if isinstance(block, Block)]
-
-
-# -- kernels of a linear layer
-
-
-class BlasLinear(nn.Module):
-    """A linear layer with its weights as (in, out), which BLAS libraries read faster than (out, in)."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int):
-        super().__init__()
-        self.weight = weight.detach().t().contiguous()
-        self.bias = bias.detach().clone()
-
-    def forward(
-        self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return activation(x W + b), or x W + b + residual."""
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
-        if residual is not None:
-            return y.add_(residual)
-        if activation == "gelu_pytorch_tanh" and y.dtype == torch.float32:
-            return gelu_tanh_(y)
-        return y if activation is None else ACT2FN[activation](y)
-
-
-def gelu_tanh_(x: torch.Tensor) -> torch.Tensor:
-    """Apply the tanh GELU in place: x * sigmoid(2u) is x * (1 + tanh(u)) / 2, and a sigmoid is quicker than a tanh.
-
-    In pieces that stay in the cache.
-    """
-    for rows in x.view(-1, x.shape[-1]).split(64 * torch.get_num_threads()):
-        twice_u = torch.addcmul(rows, rows * rows, rows, value=0.044715).mul_(2 * (2 / torch.pi) ** 0.5)
-        rows.mul_(twice_u.sigmoid_())
-    return x
-
-
-def fastest_kernel(block: Block, tokens: torch.Tensor) -> Kernel:
-    """Return the kernel with which a block runs fastest on this machine."""
-    if not linear_works(tokens.dtype):
-        logger.warning("this build of torch has no oneDNN linear operators: using plain matrix products")
-        return BlasLinear
-    if block.ffn.fc1.weight.dtype != tokens.dtype:
-        block = copy.deepcopy(block).to(tokens.dtype)
-    seconds = {}
-    for kernel in (PackedLinear, BlasLinear):
-        trial = PreparedBlock(block, kernel, tokens, is_last=False)
-        seconds[kernel] = quickest(lambda trial=trial: trial(tokens))
-    return min(seconds, key=seconds.__getitem__)
-
-
-def quickest(run: Callable[[], Any]) -> float:
-    """Return the seconds of the quickest of a few runs, the first not counted."""
-    times = []
-    for _ in range(1 + _TRIAL_RUNS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-# -- parts of a block
 
 
 class PreparedAttention(Attention):
@@ -213,17 +142,14 @@ class PreparedMlp(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.fc1, PackedLinear) and self.hidden_act not in GELU_ALGORITHMS:
-            x = ACT2FN[self.hidden_act](self.fc1(x))
-        else:
-            x = self.fc1(x, activation=self.hidden_act)  # (B, N, intermediate_size)
+        x = self.fc1(x, activation=self.hidden_act)  # (B, N, intermediate_size)
         return self.fc2(x, residual=residual)
 
 
 class PreparedBlock(Block):
-    """One block, its weights in the layout of `kernel`."""
+    """One block, its weights in the layout of `kernel`, what lies between its products in `scratch`."""
 
-    def __init__(self, block: Block, kernel: Kernel, tokens: torch.Tensor, *, is_last: bool):
+    def __init__(self, block: Block, kernel: Kernel, tokens: torch.Tensor, scratch: Scratch, *, is_last: bool):
         nn.Module.__init__(self)
         rows, dtype = tokens.shape[0] * tokens.shape[1], tokens.dtype
         out = kernel(block.attn.out.weight.to(dtype), block.attn.out.bias.to(dtype), rows)
@@ -233,6 +159,9 @@ class PreparedBlock(Block):
         )
         self.ffn_norm = copy.deepcopy(block.ffn_norm).to(dtype).requires_grad_(False)
         self.ffn = PreparedMlp(block.ffn, kernel, tokens, block.attn.config.hidden_act)
+        for layer in self.modules():
+            if isinstance(layer, BlasLinear):
+                layer.scratch = scratch
 
     def forward(
         self,
@@ -249,4 +178,4 @@ class PreparedBlock(Block):
         return self.ffn(self.ffn_norm(x), residual=x)
 
 
-__all__ = ["PreparedAttention", "PreparedBlock", "blocks_of", "encoder_of", "fastest_kernel"]
+__all__ = ["PreparedAttention", "PreparedBlock", "blocks_of", "encoder_of"]

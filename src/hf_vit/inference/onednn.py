@@ -9,6 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
 
 # activation (transformers' name) -> the algorithm of oneDNN's "gelu"
@@ -32,13 +33,14 @@ class PackedLinear(nn.Module):
     def forward(
         self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return activation(x W^T + b) for a name in `GELU_ALGORITHMS`, or x W^T + b + residual."""
+        """Return activation(x W^T + b), or x W^T + b + residual."""
         x = x.contiguous()
         if residual is not None:
             linear = torch.ops.mkldnn._linear_pointwise.binary
             return linear(x, residual.contiguous(), self.packed, self.bias, "add")
-        fused = ("none", [], "") if activation is None else ("gelu", [], GELU_ALGORITHMS[activation])
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *fused)
+        fused = ("gelu", [], GELU_ALGORITHMS[activation]) if activation in GELU_ALGORITHMS else ("none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *fused)
+        return y if activation is None or activation in GELU_ALGORITHMS else ACT2FN[activation](y)
 
 
 class Int8Linear(nn.Module):

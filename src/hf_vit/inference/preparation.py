@@ -12,7 +12,8 @@ from transformers.utils import ModelOutput, logging
 
 from hf_vit.modeling_hf_vit import Block, Embeddings, HfViTPreTrainedModel
 
-from .blocks import PreparedBlock, blocks_of, encoder_of, fastest_kernel
+from .blocks import PreparedBlock, blocks_of, encoder_of
+from .kernels import Scratch, fastest_kernel
 from .onednn import has_bfloat16, int8_works
 from .quantization import quantized_blocks
 
@@ -21,13 +22,14 @@ logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=HfViTPreTrainedModel)
 
-_TRIAL_PICTURES = 2  # at once, while kernels are compared
+_MOST_TRIAL_PICTURES = 8  # at once, while kernels are compared
 
 
 def prepare(
     model: Model,
     *,
     dtype: torch.dtype = torch.float32,
+    batch_size: int = 4,
     image_processor: Any = None,
     calibration: Iterable[torch.Tensor] | None = None,
 ) -> Model:
@@ -39,6 +41,8 @@ def prepare(
     Args:
         model: Of any class of ours.
         dtype: `torch.float32`, `torch.bfloat16`, or on a CPU `torch.int8`.
+        batch_size: Pictures that come at once, about. On a CPU the kernels that are fastest for so many are chosen;
+            any number may come.
         image_processor: Lets the copy take pixels as uint8 (B, C, H, W) that this processor has resized but neither
             scaled nor normalised.
         calibration: Batches of `pixel_values` like those to come, for int8; a few dozen pictures are enough.
@@ -48,6 +52,8 @@ def prepare(
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise ValueError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16 or torch.int8")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected how many pictures come at once, 1 or more")
     if (dtype == torch.int8) != (calibration is not None):
         raise ValueError(f"dtype is {dtype}: calibration pictures go with torch.int8, and it needs them")
     if dtype == torch.int8 and (model.device.type != "cpu" or not int8_works()):
@@ -62,7 +68,7 @@ def prepare(
         if model.device.type != "cpu":
             return _compiled(_copied(model, compute, image_processor))
         prepared = _copied(model, compute, image_processor, blocks=nn.ModuleList())
-        encoder_of(prepared).layer.extend(_prepared_blocks(model, dtype, calibration))
+        encoder_of(prepared).layer.extend(_prepared_blocks(model, dtype, batch_size, calibration))
     prepared.config._attn_implementation = "sdpa"
     return prepared
 
@@ -82,7 +88,10 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _prepared_blocks(
-    model: HfViTPreTrainedModel, dtype: torch.dtype, calibration: Iterable[torch.Tensor] | None
+    model: HfViTPreTrainedModel,
+    dtype: torch.dtype,
+    batch_size: int,
+    calibration: Iterable[torch.Tensor] | None,
 ) -> list[Block]:
     blocks = blocks_of(model)
     config = model.config
@@ -91,9 +100,9 @@ def _prepared_blocks(
         return quantized_blocks(model, calibration, num_tokens)
     if not blocks:
         return []
-    tokens = torch.randn(_TRIAL_PICTURES, num_tokens, config.hidden_size, dtype=dtype)
-    kernel = fastest_kernel(blocks[0], tokens)
-    return [PreparedBlock(block, kernel, tokens, is_last=block is blocks[-1]) for block in blocks]
+    tokens = torch.randn(min(batch_size, _MOST_TRIAL_PICTURES), num_tokens, config.hidden_size, dtype=dtype)
+    kernel, scratch = fastest_kernel(blocks[0], tokens), Scratch()
+    return [PreparedBlock(block, kernel, tokens, scratch, is_last=block is blocks[-1]) for block in blocks]
 
 
 def _compiled(model: Model) -> Model:
