@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from measure import Timing, in_turn, of_process, ratio
-from peers import forward_passes, logits_of, random_model, torch_models
+from peers import forward_passes, logits_of, missing, random_model, torch_models
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
@@ -192,12 +192,23 @@ def pictures(rounds: int, *, full: bool) -> Iterator[Cell]:
                 "transformers": by_transformers,
                 "decoding alone": lambda: [read_pixels(path) for path in paths],
             }
+            if protocol == "timm" and "timm" not in missing():
+                runs["timm"] = timm_transform(paths, processor)
             times = on_one_thread(runs, 2 * rounds)
             yield Cell("pictures", f"16 JPEGs, protocol {protocol}", times, {"hf-vit": error})
 
 
 def ours_of(processor: HfViTImageProcessor, paths: list[Path]) -> torch.Tensor:
     return torch.stack([processor.to_pixels(read_pixels(path)) for path in paths])
+
+
+def timm_transform(paths: list[Path], processor: HfViTImageProcessor) -> Callable[[], torch.Tensor]:
+    """Return timm's own way from the files to the numbers of the protocol `timm`."""
+    from timm.data import create_transform
+
+    fields = {"crop_pct": processor.crop_pct, "mean": processor.image_mean, "std": processor.image_std}
+    transform = create_transform(input_size=(3, 224, 224), interpolation="bicubic", **fields)
+    return lambda: torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
 
 
 def on_one_thread(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:

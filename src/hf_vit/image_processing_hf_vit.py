@@ -189,7 +189,10 @@ def average_boxes(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def resize_by_pillow(image: torch.Tensor, height: int, width: int, resample: PILImageResampling) -> torch.Tensor:
-    """Resize (C, H, W) channel by channel with Pillow's antialiased filters, in uint8 or in float32."""
+    """Resize (C, H, W) with Pillow's antialiased filters, in uint8 (three channels at once) or in float32."""
+    if image.dtype == torch.uint8 and len(image) == 3:
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((width, height), resample)
+        return torch.from_numpy(to_numpy_array(picture)).permute(2, 0, 1)
     channels = [Image.fromarray(channel.numpy()).resize((width, height), resample) for channel in image.contiguous()]
     return torch.stack([torch.from_numpy(to_numpy_array(channel)) for channel in channels])
 
