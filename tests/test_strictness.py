@@ -195,6 +195,7 @@ HOSTILE = [
     {"num_channels": -3},
     {"qkv_bias": "yes"},
     {"id2label": 5},
+    {"problem_type": {"dtype": float("nan")}},
 ]
 HOSTILE_TIMM = [
     {"depth": 1_000_000},

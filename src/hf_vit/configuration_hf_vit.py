@@ -45,6 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 POOLINGS = ("token", "gap", "map", "none")
 POSITION_EMBEDDING_TYPES = ("learned", "sincos2d")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 POSITION_RESAMPLINGS = ("jax", "jax_corrected", "big_vision", "bicubic", "bicubic_antialias")
 
 _MAX_LAYERS, _MAX_WIDTH, _MAX_TOKENS, _MAX_PARAMETERS = 1_000, 131_072, 2**20, 10**11
@@ -248,6 +249,8 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         _one_of("position_resampling", self.position_resampling, POSITION_RESAMPLINGS)
+        if self.problem_type is not None:
+            _one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is no activation of transformers, such as gelu")
         if self.hidden_size % self.num_attention_heads:
