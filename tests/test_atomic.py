@@ -20,6 +20,8 @@ FILES = ("a.json", "b.safetensors", "sub/c.txt")
 # Runs without the package's other imports, so that it can fork hundreds of writers in a second.
 DRIVER = f"""
 import importlib.util, os, pathlib, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from forking import die_at_operation, in_child, status_of
 spec = importlib.util.spec_from_file_location("atomic", {atomic.__file__!r})
 atomic = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(atomic)
@@ -37,16 +39,6 @@ def fill(folder, content):
 def replace(target, content):
     with atomic.atomic_folder(target) as folder:
         fill(folder, content)
-
-def in_child(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
 """
 
 
@@ -261,21 +253,13 @@ if exchange == "no":
     atomic._rename_exchange = refuse
 
 def dying_writer(deadline):
-    seen = 0
-    def count(event, arguments):
-        nonlocal seen
-        if event == "open" or event.startswith(("os.", "shutil.", "fcntl.", "ctypes.")):
-            seen += 1
-            if seen == deadline + 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(count)
+    die_at_operation(deadline)
     replace(target, "new")
 
 deadline, died = 0, True
 replace(target, "old")
 while died:
-    pid = in_child(lambda: dying_writer(deadline))
-    status = os.waitpid(pid, 0)[1]
+    status = status_of(in_child(lambda: dying_writer(deadline)))
     died = os.WIFSIGNALED(status)
     assert died or status == 0
     found = {(target / name).read_text() for name in FILES if (target / name).exists()}
@@ -345,7 +329,7 @@ def test_eight_writers_of_one_folder_never_interleave(tmp_path):
 target = pathlib.Path(sys.argv[1])
 for _ in range(5):
     pids = [in_child(lambda: replace(target, str(writer))) for writer in range(8)]
-    print(*[os.waitpid(pid, 0)[1] for pid in pids], *os.listdir(target.parent))
+    print(*map(status_of, pids), *os.listdir(target.parent))
     assert len({(target / name).read_text() for name in FILES}) == 1
 """
     assert drive(code, tmp_path / "model").splitlines() == ["0 0 0 0 0 0 0 0 model"] * 5

@@ -359,3 +359,14 @@ def test_a_turned_picture_comes_upright(orientation, photo, tmp_path):
     assert torch.equal(pixels(processor, tmp_path / "turned.png"), expected)
     with Image.open(tmp_path / "turned.png") as image:
         assert torch.equal(pixels(processor, image), expected)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_channels": 10**30}, {"num_channels": 2**31}, {"num_channels": "x"}, {"protocol": []}], ids=str
+)
+def test_a_file_of_no_processor_is_a_value_error_before_anything_is_made(tmp_path, fields):
+    HfViTImageProcessor().save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} is .*: expected"):
+        HfViTImageProcessor.from_pretrained(tmp_path)

@@ -18,14 +18,15 @@ from hf_vit.export import export_timm, export_transformers
 
 # Two models, told apart by their depth and by every number of their weights and of their configuration.
 MODELS = """
-import hashlib, logging, os, signal, threading, torch, tqdm
+import hashlib, os, torch
+from forking import die_at_operation, in_child, status_of, unshare_progress_bars, was_killed
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints import convert_jax_checkpoint, write_jax_checkpoint
 from transformers.utils import logging as library_logging
 
 library_logging.disable_progress_bar()
 torch.set_num_threads(1)
-tqdm.tqdm.set_lock(threading.RLock())  # its own is shared with forks: who is killed with it stops the others
+unshare_progress_bars()
 
 def model_of(tag):
     config = HfViTConfig(
@@ -46,21 +47,6 @@ def tag_of(folder):
 
 def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-def in_child(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-        finally:
-            os._exit(1)
-    return pid
-
-def status_of(pid):
-    return os.waitpid(pid, 0)[1]
 
 folder = Path(sys.argv[1]) / "model"
 npz = {tag: Path(sys.argv[1]) / "npz" / f"{tag}.npz" for tag in (1, 2)}
@@ -139,15 +125,8 @@ def test_sigkill_at_any_file_operation_leaves_the_old_model_or_the_new_one(write
     write = globals()[WRITE]
 
     def dying(deadline):
-        seen = 0
-        def count(event, arguments):
-            nonlocal seen
-            if event == "open" or event.startswith(("os.", "shutil.", "fcntl.", "ctypes.dlsym")):
-                seen += 1
-                if seen == deadline + 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
         model_of(2)  # what is imported late is imported now
-        sys.addaudithook(count)
+        die_at_operation(deadline)
         write(2)
 
     write(1)
@@ -158,7 +137,7 @@ def test_sigkill_at_any_file_operation_leaves_the_old_model_or_the_new_one(write
         strays += sorted(os.listdir(folder.parent)) != ["model", "npz"] or any(
             path.name.startswith(".") for path in folder.iterdir()
         )
-        died = os.WIFSIGNALED(status_of(in_child(lambda: dying(deadline))))
+        died = was_killed(in_child(lambda: dying(deadline)))
         found.append(tag_of(folder))
         deadline += STEP
     answer([found, strays])

@@ -195,6 +195,7 @@ HOSTILE = [
     {"num_channels": -3},
     {"qkv_bias": "yes"},
     {"id2label": 5},
+    {"problem_type": {"dtype": float("nan")}},
 ]
 HOSTILE_TIMM = [
     {"depth": 1_000_000},
@@ -215,15 +216,41 @@ HOSTILE_TIMM = [
 ]
 
 
+# What transformers takes from any configuration for itself, and the word by which each is refused.
+HOSTILE_TO_TRANSFORMERS = [
+    *(({"dtype": dtype}, "dtype is") for dtype in (3, True, float("nan"), [], "int8", "quick", "float8_e4m3fn")),
+    ({"torch_dtype": "int8"}, "torch_dtype is"),
+    ({"checkpoint_layout": {"dtype": float("nan")}}, "describes no model"),
+    ({"label2id": {"dtype": []}}, "describes no model"),
+    ({"out_indices": [-5]}, "describes no model"),
+    *(({"_attn_implementation": name}, "expected eager, sdpa") for name in (True, "", "flash_attention_2")),
+    ({"attn_implementation": "owner/kernels:attention"}, "expected eager, sdpa"),
+    ({"experts_implementation": True}, "expected nothing"),
+    ({"output_attentions": "x"}, "output_attentions is"),
+    *(({"quantization_config": value}, "quantization_config") for value in (True, [], {"a": 1}, {"quant_method": []})),
+    ({"quantization_config": {"quant_method": "no such one"}, "hidden_size": 16_384}, "quantization_config"),
+    *(({name: {}}, f"{name} is no field") for name in ("attribute_map", "to_dict", "__class__", "base_model_tp_plan")),
+]
+
+
 @pytest.mark.reliability(row="W05")
-@pytest.mark.parametrize("dtype", [3, True, "int8", "quick"], ids=str)
-def test_weights_of_no_floating_point_dtype_are_refused(tmp_path, dtype):
+@pytest.mark.parametrize(("fields", "words"), HOSTILE_TO_TRANSFORMERS, ids=str)
+def test_what_transformers_would_stumble_over_is_refused_with_the_name_of_the_file(tmp_path, fields, words):
     HfViTForImageClassification(HfViTConfig(**TINY)).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**stored, "dtype": dtype}))
-    with pytest.raises(CheckpointError) as error:
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **fields}))
+    with pytest.raises(CheckpointError, match=words) as error:
         HfViTForImageClassification.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_configuration_that_asks_for_attentions_is_saved_and_read_again(tmp_path):
+    model = randomised(HfViTForImageClassification(HfViTConfig(**TINY, output_attentions=True)))
+    model.save_pretrained(tmp_path)
+    HfViTForImageClassification.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    again = HfViTForImageClassification.from_pretrained(tmp_path).eval()
+    assert again.config._attn_implementation == "sdpa"
+    assert len(again(torch.zeros(1, 3, 32, 32)).attentions) == 2
 
 
 @pytest.mark.reliability(row="W05")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import logging
 
 from .atomic import atomic_folder, steady_folder
@@ -351,15 +352,12 @@ def _checked_config(
 ) -> HfViTConfig:
     """The configuration of the weights in a folder of ours, other fields put over it; refused if it is no model's."""
     label = f"{source}: config.json"
+    _check_quantization(label, stored.get("quantization_config"))
     try:
         config = HfViTConfig.from_dict(stored)
         origin = (config.checkpoint_layout or {}).get("num_attention_heads") or config.num_attention_heads
     except UNFIT as error:
         raise CheckpointError(f"{label} describes no model: {error}") from error
-    if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
-        raise CheckpointError(
-            f"{label} has dtype {config.dtype!r}: expected one of floating-point numbers, as float32"
-        )
     if isinstance(given, HfViTConfig):
         image_size, config = config.image_size, copy.deepcopy(given)
         config.image_size = image_size
@@ -371,6 +369,18 @@ def _checked_config(
             f"{label} has {config.num_attention_heads} heads; the weights were read from a checkpoint with {origin}"
         )
     return config
+
+
+def _check_quantization(label: str, told: Any) -> None:
+    """Refuse settings of a quantiser that transformers does not know, or that the quantiser does not take."""
+    if told is None:
+        return
+    try:
+        if not isinstance(told, dict) or not AutoHfQuantizer.supports_quant_method(told):
+            raise ValueError(f"expected the settings of a quantiser of transformers, got {told!r:.200}")
+        AutoQuantizationConfig.from_dict(dict(told))
+    except UNFIT as error:
+        raise CheckpointError(f"{label} has a quantization_config that is none: {error}") from error
 
 
 def _check_headers(

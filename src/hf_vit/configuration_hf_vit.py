@@ -1,9 +1,11 @@
 """The configuration of a Vision Transformer, and the named models of the papers as deltas of one default."""
 
+import dataclasses
 import importlib
 import os
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
@@ -43,10 +45,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 POOLINGS = ("token", "gap", "map", "none")
 POSITION_EMBEDDING_TYPES = ("learned", "sincos2d")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 POSITION_RESAMPLINGS = ("jax", "jax_corrected", "big_vision", "bicubic", "bicubic_antialias")
 
 _MAX_LAYERS, _MAX_WIDTH, _MAX_TOKENS, _MAX_PARAMETERS = 1_000, 131_072, 2**20, 10**11
 _MAX_LABELS = 1_000_000
+
+# What a `config.json` may say beside the fields, where transformers has a property or a method of that name.
+_STORED_PROPERTIES = (
+    "model_type", "name_or_path", "num_labels", "out_features", "out_indices", "output_attentions", "torch_dtype",
+    "_attn_implementation",
+)  # fmt: skip
+_ATTENTIONS = (None, "eager", "sdpa")
+_DTYPES = (None, "float16", "bfloat16", "float32", "float64")
+_STORED_CHOICES: dict[str, tuple[Any, ...]] = {
+    "dtype": _DTYPES,
+    "torch_dtype": _DTYPES,
+    "attn_implementation": _ATTENTIONS,
+    "_attn_implementation": _ATTENTIONS,
+    "experts_implementation": (None,),
+    "output_attentions": (None, True, False),
+}
 
 
 @strict
@@ -165,6 +184,27 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"no preset is called {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Return the configuration that a `config.json` describes; `kwargs` go over what it says.
+
+        Raises:
+            ValueError: if it is no model's. A file can't replace a method, ask for code of the Hub to compute
+                attention, or for numbers that are no floating point: `attn_implementation=` is the caller's.
+        """
+        fields = {*(field.name for field in dataclasses.fields(cls)), *_STORED_PROPERTIES}
+        shadows = [name for name in config_dict if name not in fields and hasattr(cls, name)]
+        if shadows:
+            raise ValueError(f"{shadows[0]} is no field of a configuration, but a part of its class: remove it")
+        for name, choices in _STORED_CHOICES.items():
+            found = config_dict.get(name)
+            if isinstance(found, torch.dtype):
+                found = str(found).removeprefix("torch.")
+            if found not in choices:
+                expected = ", ".join(str(choice) for choice in choices if choice is not None) or "nothing"
+                raise ValueError(f"{name} is {found!r}: expected {expected}; change it or leave it out")
+        return super().from_dict(config_dict, **kwargs)
+
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write the fields as JSON; with the package installed, the file appears whole or not at all."""
         atomic = installed_module("atomic")
@@ -209,6 +249,8 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         _one_of("position_resampling", self.position_resampling, POSITION_RESAMPLINGS)
+        if self.problem_type is not None:
+            _one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is no activation of transformers, such as gelu")
         if self.hidden_size % self.num_attention_heads:
@@ -233,6 +275,9 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{self.num_hidden_layers} blocks of width {self.hidden_size} are about "
                 f"{per_layer * self.num_hidden_layers:.1e} parameters, above the limit of {_MAX_PARAMETERS:.0e}"
             )
+
+    def validate_output_attentions(self) -> None:
+        """Accept them with every attention backend, which in transformers only its eager one gives."""
 
     def _validate_sizes(self) -> None:
         _in_range("num_hidden_layers", self.num_hidden_layers, 0, _MAX_LAYERS)

@@ -19,7 +19,7 @@ from .layouts import JaxLayout, Rule
 
 
 # What a configuration raises that describes no model, whatever is in it.
-UNFIT = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+UNFIT = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 _LARGE = 8 << 20  # elements of a matrix that is transposed block by block
 

@@ -427,13 +427,15 @@ class _Protocols(BaseImageProcessor):
     def __init__(self, **kwargs):
         kwargs.setdefault("protocol", self.protocol)
         for name, choices in (("protocol", PROTOCOLS), ("rounding", ROUNDINGS), ("geometry", GEOMETRIES)):
-            if name in kwargs and kwargs[name] not in choices:
+            if name in kwargs and kwargs[name] not in tuple(choices):
                 raise ValueError(f"{name} is {kwargs[name]!r}: expected one of {', '.join(choices)}")
         fields: dict[str, Any] = PROTOCOLS[kwargs["protocol"]] | kwargs
         if fields.get("do_center_crop"):
             fields.setdefault("size", self.size)
             fields |= _size_with_crop(fields)
         num_channels = fields.get("num_channels") or self.num_channels
+        if not isinstance(num_channels, int) or not 0 < num_channels <= 131_072:  # as in a model's configuration
+            raise ValueError(f"num_channels is {num_channels!r}: expected a whole number from 1 to 131072")
         if num_channels != self.num_channels:
             fields.setdefault("image_mean", [0.5] * num_channels)
             fields.setdefault("image_std", [0.5] * num_channels)

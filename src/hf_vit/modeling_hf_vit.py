@@ -160,7 +160,7 @@ class Attention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         context: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what each token of `hidden_states` gathers from `context` (itself by default), and the probabilities.
@@ -177,7 +177,9 @@ class Attention(nn.Module):
         gathered, probabilities = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # (B, N, K, d)
-        if output_attentions and probabilities is None:
+        if probabilities is None and (
+            self.config.output_attentions if output_attentions is None else output_attentions
+        ):
             probabilities = attention_probabilities(query, key, attention_mask, self.scaling)
         gathered = gathered.reshape(*hidden_states.shape[:-1], -1)  # (B, N, D)
         return self.dropout(self.out(gathered)), probabilities
