@@ -295,6 +295,13 @@ def test_int8_needs_pictures_and_a_gelu():
         prepare(model, dtype=torch.float16)
 
 
+def test_compiling_a_prepared_model_changes_nothing(kernel):
+    model = build()
+    compiled, pixels = torch.compile(prepare(model), backend="eager"), pixels_for(model)
+    with torch.inference_mode():
+        assert_close(compiled(pixels).logits, model(pixels).logits)
+
+
 def test_a_batch_size_that_is_none_is_refused():
     with pytest.raises(ValueError, match="batch_size is 0: expected"):
         prepare(build(), batch_size=0)

@@ -163,6 +163,7 @@ class PreparedBlock(Block):
             if isinstance(layer, BlasLinear):
                 layer.scratch = scratch
 
+    @torch.compiler.disable  # the kernels are chosen, and their weights packed: there is nothing left to compile
     def forward(
         self,
         x: torch.Tensor,
