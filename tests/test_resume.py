@@ -14,8 +14,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_eval import load_example
 from transformers import set_seed
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
@@ -29,7 +31,9 @@ from hf_vit.training.checkpointing import (
     verify_checkpoint,
     write_manifest,
 )
+from hf_vit.training.finetuning import FineTuning
 from hf_vit.training.interruption import TrainingInterrupted
+from hf_vit.training.loop import TrainingRun
 from hf_vit.training.metrics import compute_metrics, summarize_logits
 from hf_vit.training.trainer import HfViTTrainer
 
@@ -90,7 +94,53 @@ def make_trainer(folder: Path, *, is_random: bool = True, **settings: Any) -> Hf
     )
 
 
-def weights(trainer: HfViTTrainer) -> dict[str, torch.Tensor]:
+class PlainLoop:
+    """What `examples/finetune_accelerate.py` makes of a trainer's parts, under the names that the trainer has."""
+
+    def __init__(self, trainer: HfViTTrainer):
+        self.args, self.model = trainer.args, trainer.model
+        self.train_dataset, self.eval_dataset = trainer.train_dataset, trainer.eval_dataset
+        self.processor = HfViTImageProcessor.for_model(trainer.model.config)
+        self.collator = trainer.train_collator
+        self.example = load_example("finetune_accelerate")
+        self.training_step = self.example.training_step
+        self.example.training_step = lambda *args: self.training_step(*args)
+        self.example.TrainingRun = self._make_run
+
+    def _make_run(self, *args: Any, **kwargs: Any) -> TrainingRun:
+        self.run = TrainingRun(*args, **kwargs)
+        self.run._fetch = lambda iterator: self.get_batch_samples(iterator)
+        return self.run
+
+    def get_batch_samples(self, iterator: Any) -> list:
+        return TrainingRun._fetch(self.run, iterator)
+
+    @property
+    def state(self) -> Any:
+        return self.run.state
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        self.args.resume_from_checkpoint = resume_from_checkpoint
+        task = FineTuning(
+            model=self.model,
+            processor=self.processor,
+            train=self.train_dataset,
+            test=self.eval_dataset,
+            collator=self.collator,
+            class_names=[str(number) for number in range(CLASSES)],
+        )
+        self.example.train(task, self.args, Accelerator(cpu=True))
+
+
+def make_loop(folder: Path, **settings: Any) -> PlainLoop:
+    """The same training by a plain Accelerate loop."""
+    return PlainLoop(make_trainer(folder, **settings))
+
+
+either_loop = pytest.mark.parametrize("make", [make_trainer, make_loop], ids=["Trainer", "Accelerate"])
+
+
+def weights(trainer: HfViTTrainer | PlainLoop) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
