@@ -13,8 +13,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_datasets import write_odd_files
+from test_eval import load_example
 from test_images import READ_RIGHT, REFUSED
 from torch import nn
 from transformers import TrainerCallback, pipeline, set_seed
@@ -350,3 +352,31 @@ def test_the_default_recipe_learns_digits_from_the_embedded_checkpoint(tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "results.json").read_text())["eval_accuracy"] >= 0.98
     HfViTForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own question
+@pytest.mark.parametrize(("recipe", "epochs", "bar"), [("linear_probe", 6, 0.93), ("lora", 4, 0.9)])
+def test_what_a_part_of_the_model_learnt_loads_again_and_evaluates_as_said(recipe, epochs, bar, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = [f"--model_name_or_path={CHECKPOINT}", "--dataset=digits", f"--recipe={recipe}", f"--output_dir={out}"]
+    flags += [f"--num_train_epochs={epochs}", "--eval_strategy=no", "--use_cpu=true", "--disable_tqdm=true"]
+    assert run_path(str(SCRIPT))["main"](flags) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["eval_accuracy"] >= bar
+    assert f"accuracy {results['eval_accuracy']:.2%} on 360 held-out pictures" in capsys.readouterr().out
+    arguments = [f"--model_name_or_path={out}", "--dataset=digits", f"--json={tmp_path / 'eval.json'}"]
+    assert load_example("eval").main(arguments) == 0
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    assert [evaluated[name] for name in ("num_samples", "accuracy")] == [360, results["eval_accuracy"]]
+    assert evaluated["ece"] == pytest.approx(results["eval_ece"], abs=1e-4)
+    trained = HfViTForImageClassification.from_pretrained(out).eval()
+    base = HfViTForImageClassification.from_pretrained(CHECKPOINT, num_labels=10).eval()
+    if recipe == "lora":
+        with_adapters = PeftModel.from_pretrained(base, str(newest_complete_checkpoint(out))).eval()
+        pixels = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(with_adapters(pixel_values=pixels).logits, trained(pixels).logits)
+    else:
+        frozen = dict(base.vit.named_parameters())
+        assert all(torch.equal(weight, frozen[name]) for name, weight in trained.vit.named_parameters())
