@@ -149,13 +149,15 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = None, **settings: Any) -> list[dict]:
+def train_whole_and_in_two(
+    tmp_path: Path, stop: int, changes: dict | None = None, make: Any = make_trainer, **settings: Any
+) -> list[dict]:
     """Weights and losses of one uninterrupted training, and of one that was left at step `stop` and taken up again."""
     ends = []
-    whole = make_trainer(tmp_path / "whole", save_strategy="steps", save_steps=stop, **settings)
+    whole = make(tmp_path / "whole", save_strategy="steps", save_steps=stop, **settings)
     whole.train()
     ends.append(weights(whole))
-    resumed = make_trainer(tmp_path / "resumed", **(settings | (changes or {})))
+    resumed = make(tmp_path / "resumed", **(settings | (changes or {})))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     ends.append(weights(resumed))
     losses = [
@@ -179,8 +181,9 @@ def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = Non
     ],
     ids=["SGD", "AdamW, EMA, mixup", "accumulation", "evaluation between", "nothing random"],
 )
-def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(settings, stop, tmp_path):
-    whole, resumed = train_whole_and_in_two(tmp_path, stop, **settings)
+@either_loop
+def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(make, settings, stop, tmp_path):
+    whole, resumed = train_whole_and_in_two(tmp_path, stop, make=make, **settings)
     assert_equal(whole, resumed)
 
 
