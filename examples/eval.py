@@ -185,9 +185,10 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], file: str) -
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class")
-    axes.set(xlabel="predicted", ylabel="true")
+    accuracy = np.trace(matrix) / max(matrix.sum(), 1)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{accuracy:.2%} of {matrix.sum()} pictures right")
     if len(names) <= MAX_ROWS:
-        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 4 else 90)
         axes.set_yticks(range(len(names)), names)
         for row, column in zip(*np.nonzero(matrix), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"

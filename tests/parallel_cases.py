@@ -1,6 +1,7 @@
 """Trainings run one after another by the processes of one launch: `torchrun parallel_cases.py CASES.json`.
 
 Each case is {"name", "script", "is_sharded", "arguments"}: one of the fine-tuning scripts under DDP, or under FSDP2.
+What a process takes from a stream is written beside CASES.json, in `taken-NAME-RANK.txt`: a line `EPOCH INDEX` each.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ from pathlib import Path
 from accelerate import Accelerator, state
 from accelerate.utils import DistributedType
 
+from hf_vit.training.augmentation import AugmentedStream
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FSDP2 = {
@@ -23,6 +26,7 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
 }
 ORIGINAL = state.AcceleratorState.__init__
+READ = AugmentedStream.__iter__
 
 
 def offer_fsdp_on_cpu(self, mixed_precision=None, cpu=False, *args, **kwargs):
@@ -35,7 +39,18 @@ def offer_fsdp_on_cpu(self, mixed_precision=None, cpu=False, *args, **kwargs):
     ORIGINAL(self, mixed_precision, cpu, *args, **kwargs)
 
 
-def run(case: dict) -> int:
+def note_what_is_taken(file: Path) -> None:
+    def read_and_note(stream):
+        for sample in READ(stream):
+            with file.open("a") as notes:
+                notes.write(f"{sample['epoch']} {sample['index']}\n")
+            yield sample
+
+    AugmentedStream.__iter__ = read_and_note
+
+
+def run(case: dict, folder: Path) -> int:
+    note_what_is_taken(folder / f"taken-{case['name']}-{os.environ['RANK']}.txt")
     for name, value in FSDP2.items():
         os.environ.pop(name, None)
         if case["is_sharded"]:
@@ -50,7 +65,8 @@ if __name__ == "__main__":
     state.AcceleratorState.__init__ = offer_fsdp_on_cpu
     Accelerator.end_training = lambda self: None  # the next case needs the process group
     warnings.simplefilter("ignore")
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        status = run(case)
+    file = Path(sys.argv[1])
+    for case in json.loads(file.read_text()):
+        status = run(case, file.parent)
         if status:
             sys.exit(f"{case['name']} ended with status {status}")

@@ -1,7 +1,9 @@
 """The fine-tuning command, from its flags to the folder that it leaves."""
 
 import json
+import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,19 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from test_datasets import write_odd_files
+from test_eval import load_example
+from test_images import READ_RIGHT, REFUSED
 from torch import nn
 from transformers import TrainerCallback, pipeline, set_seed
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
+from hf_vit.images import ImageError
 from hf_vit.training.augmentation import collate_images
 from hf_vit.training.checkpointing import newest_complete_checkpoint
+from hf_vit.training.datasets import load_splits
 from hf_vit.training.finetuning import export, make_trainer, parse_arguments, prepare, wants_recipes
 
 
@@ -121,6 +129,38 @@ def test_a_bad_picture_is_named_before_anything_is_trained(model_folder, picture
     assert "bright/3.png" in result.stderr
     assert "dark/3.png" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.reliability(row="I01")
+@pytest.mark.reliability(row="I03")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # Pillow's own, before ours
+@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
+@pytest.mark.parametrize("script", ["finetune_trainer", "finetune_accelerate"])
+def test_among_odd_files_all_pictures_are_trained_on_and_the_others_are_named(
+    script, model_folder, picture_folder, tmp_path, caplog
+):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    for good, among in (("bright", "odd"), ("dark", "even")):
+        shutil.copytree(picture_folder / good, pictures / among)
+    write_odd_files(pictures, READ_RIGHT | REFUSED)
+    main = run_path(str(SCRIPT.with_stem(script)))["main"]
+    flags = [f"--model_name_or_path={model_folder}", f"--dataset={pictures}", f"--output_dir={out}", "--use_cpu=true"]
+    flags += ["--total_batch_size=1", "--per_device_train_batch_size=1", "--num_train_epochs=1", "--logging_steps=1"]
+    with pytest.raises(ImageError, match="9 of 51 pictures cannot be read") as refusal:
+        main(flags)
+    assert {name for name in READ_RIGHT | REFUSED if f"/{name}: " in str(refusal.value)} == set(REFUSED)
+    assert not out.exists()
+    with caplog.at_level(logging.WARNING):
+        assert main([*flags, "--bad_images=skip", "--disable_tqdm=true"]) == 0
+    assert {name for name in READ_RIGHT | REFUSED if f"/{name}: " in caplog.text} == set(REFUSED)
+    splits = load_splits(str(pictures), bad_images="skip")
+    assert len(splits["train"]) + len(splits["test"]) == 20 + len(READ_RIGHT)
+    history = json.loads((newest_complete_checkpoint(out) / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == len(splits["train"])  # a step for each picture
+    assert np.isfinite(losses).all()
+    assert HfViTForImageClassification.from_pretrained(out).config.id2label == {0: "even", 1: "odd"}
 
 
 def prepared(model_folder, picture_folder, folder, *more: str):
@@ -312,3 +352,31 @@ def test_the_default_recipe_learns_digits_from_the_embedded_checkpoint(tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "results.json").read_text())["eval_accuracy"] >= 0.98
     HfViTForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own question
+@pytest.mark.parametrize(("recipe", "epochs", "bar"), [("linear_probe", 6, 0.93), ("lora", 4, 0.9)])
+def test_what_a_part_of_the_model_learnt_loads_again_and_evaluates_as_said(recipe, epochs, bar, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = [f"--model_name_or_path={CHECKPOINT}", "--dataset=digits", f"--recipe={recipe}", f"--output_dir={out}"]
+    flags += [f"--num_train_epochs={epochs}", "--eval_strategy=no", "--use_cpu=true", "--disable_tqdm=true"]
+    assert run_path(str(SCRIPT))["main"](flags) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["eval_accuracy"] >= bar
+    assert f"accuracy {results['eval_accuracy']:.2%} on 360 held-out pictures" in capsys.readouterr().out
+    arguments = [f"--model_name_or_path={out}", "--dataset=digits", f"--json={tmp_path / 'eval.json'}"]
+    assert load_example("eval").main(arguments) == 0
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    assert [evaluated[name] for name in ("num_samples", "accuracy")] == [360, results["eval_accuracy"]]
+    assert evaluated["ece"] == pytest.approx(results["eval_ece"], abs=1e-4)
+    trained = HfViTForImageClassification.from_pretrained(out).eval()
+    base = HfViTForImageClassification.from_pretrained(CHECKPOINT, num_labels=10).eval()
+    if recipe == "lora":
+        with_adapters = PeftModel.from_pretrained(base, str(newest_complete_checkpoint(out))).eval()
+        pixels = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(with_adapters(pixel_values=pixels).logits, trained(pixels).logits)
+    else:
+        frozen = dict(base.vit.named_parameters())
+        assert all(torch.equal(weight, frozen[name]) for name, weight in trained.vit.named_parameters())

@@ -1,6 +1,5 @@
 """Trainer and the Accelerate loop, one process, DDP and FSDP2 on two, accumulation: one training, one checkpoint."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_eval import load_example
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.training.checkpointing import verify_checkpoint
@@ -87,13 +87,7 @@ def case(root: Path, name: str, *more: str, model: str = "model", per_device: in
 
 
 def run_alone(case: dict) -> None:
-    path = TESTS.parent / "examples" / f"{case['script']}.py"
-    spec = importlib.util.spec_from_file_location(case["script"], path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.main(case["arguments"]) == 0
+    assert load_example(case["script"]).main(case["arguments"]) == 0
 
 
 def run_by_two(cases: list[dict], folder: Path) -> None:
@@ -182,3 +176,30 @@ def test_processes_sharding_and_accumulation_do_not_change_a_training(root):
             assert "accuracy" in (folder / "README.md").read_text()
     another = history(root, "sgd-one-trainer", "loss")
     assert another != pytest.approx(history(root, "adamw-one-trainer", "loss"), rel=0, abs=100 * TOLERANCE)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_and_evaluate_every_picture_once(root, tmp_path):
+    """Each of the 40 pictures is one process's in an epoch, and an epoch is 5 steps of 2 x 4 pictures."""
+    cases = [
+        case(root, f"streamed-{script}", *SETTINGS["adamw"], "--streaming=true", "--shuffle_buffer=8", per_device=4)
+        for script in SCRIPTS
+    ]
+    run_by_two(cases, tmp_path)
+    for name in ("streamed-trainer", "streamed-accelerate"):
+        taken = [(tmp_path / f"taken-{name}-{rank}.txt").read_text().split("\n")[:-1] for rank in (0, 1)]
+        assert [len(lines) for lines in taken] == [80, 80]  # 20 steps of 4
+        for epoch in range(4):
+            parts = [[line for line in lines if line.startswith(f"{epoch} ")] for lines in taken]
+            assert [len(part) for part in parts] == [20, 20]
+            assert len(set(parts[0]) | set(parts[1])) == 40
+        orders = [[line.split()[1] for line in taken[0] if line.startswith(f"{epoch} ")] for epoch in (0, 1)]
+        assert orders[0] != orders[1]
+        results = json.loads((root / name / "results.json").read_text())
+        arguments = [f"--model_name_or_path={root / name}", f"--dataset={root / 'pictures'}", "--num_workers=0"]
+        assert load_example("eval").main([*arguments, f"--json={tmp_path / name}.json"]) == 0
+        alone = json.loads((tmp_path / f"{name}.json").read_text())
+        assert alone["num_samples"] == 21
+        assert results["eval_accuracy"] == alone["accuracy"]
+        assert results["eval_ece"] == pytest.approx(alone["ece"], abs=1e-6)
+    assert_same_training(root, "streamed-trainer", "streamed-accelerate", TOLERANCE)

@@ -14,8 +14,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_eval import load_example
 from transformers import set_seed
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
@@ -29,7 +31,9 @@ from hf_vit.training.checkpointing import (
     verify_checkpoint,
     write_manifest,
 )
+from hf_vit.training.finetuning import FineTuning
 from hf_vit.training.interruption import TrainingInterrupted
+from hf_vit.training.loop import TrainingRun
 from hf_vit.training.metrics import compute_metrics, summarize_logits
 from hf_vit.training.trainer import HfViTTrainer
 
@@ -90,7 +94,53 @@ def make_trainer(folder: Path, *, is_random: bool = True, **settings: Any) -> Hf
     )
 
 
-def weights(trainer: HfViTTrainer) -> dict[str, torch.Tensor]:
+class PlainLoop:
+    """What `examples/finetune_accelerate.py` makes of a trainer's parts, under the names that the trainer has."""
+
+    def __init__(self, trainer: HfViTTrainer):
+        self.args, self.model = trainer.args, trainer.model
+        self.train_dataset, self.eval_dataset = trainer.train_dataset, trainer.eval_dataset
+        self.processor = HfViTImageProcessor.for_model(trainer.model.config)
+        self.collator = trainer.train_collator
+        self.example = load_example("finetune_accelerate")
+        self.training_step = self.example.training_step
+        self.example.training_step = lambda *args: self.training_step(*args)
+        self.example.TrainingRun = self._make_run
+
+    def _make_run(self, *args: Any, **kwargs: Any) -> TrainingRun:
+        self.run = TrainingRun(*args, **kwargs)
+        self.run._fetch = lambda iterator: self.get_batch_samples(iterator)
+        return self.run
+
+    def get_batch_samples(self, iterator: Any) -> list:
+        return TrainingRun._fetch(self.run, iterator)
+
+    @property
+    def state(self) -> Any:
+        return self.run.state
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        self.args.resume_from_checkpoint = resume_from_checkpoint
+        task = FineTuning(
+            model=self.model,
+            processor=self.processor,
+            train=self.train_dataset,
+            test=self.eval_dataset,
+            collator=self.collator,
+            class_names=[str(number) for number in range(CLASSES)],
+        )
+        self.example.train(task, self.args, Accelerator(cpu=True))
+
+
+def make_loop(folder: Path, **settings: Any) -> PlainLoop:
+    """The same training by a plain Accelerate loop."""
+    return PlainLoop(make_trainer(folder, **settings))
+
+
+either_loop = pytest.mark.parametrize("make", [make_trainer, make_loop], ids=["Trainer", "Accelerate"])
+
+
+def weights(trainer: HfViTTrainer | PlainLoop) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
@@ -99,13 +149,15 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = None, **settings: Any) -> list[dict]:
+def train_whole_and_in_two(
+    tmp_path: Path, stop: int, changes: dict | None = None, make: Any = make_trainer, **settings: Any
+) -> list[dict]:
     """Weights and losses of one uninterrupted training, and of one that was left at step `stop` and taken up again."""
     ends = []
-    whole = make_trainer(tmp_path / "whole", save_strategy="steps", save_steps=stop, **settings)
+    whole = make(tmp_path / "whole", save_strategy="steps", save_steps=stop, **settings)
     whole.train()
     ends.append(weights(whole))
-    resumed = make_trainer(tmp_path / "resumed", **(settings | (changes or {})))
+    resumed = make(tmp_path / "resumed", **(settings | (changes or {})))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     ends.append(weights(resumed))
     losses = [
@@ -129,8 +181,9 @@ def train_whole_and_in_two(tmp_path: Path, stop: int, changes: dict | None = Non
     ],
     ids=["SGD", "AdamW, EMA, mixup", "accumulation", "evaluation between", "nothing random"],
 )
-def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(settings, stop, tmp_path):
-    whole, resumed = train_whole_and_in_two(tmp_path, stop, **settings)
+@either_loop
+def test_a_resumed_training_ends_bit_for_bit_as_a_whole_one(make, settings, stop, tmp_path):
+    whole, resumed = train_whole_and_in_two(tmp_path, stop, make=make, **settings)
     assert_equal(whole, resumed)
 
 

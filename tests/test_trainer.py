@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import CLASSES, WORKERS, assert_equal, make_trainer, pictures, weights
+from test_resume import CLASSES, WORKERS, assert_equal, either_loop, make_trainer, pictures, weights
 from torch import nn
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
@@ -37,34 +37,36 @@ def at_step(trainer: Any, step: int, action: Any) -> None:
 
 @pytest.mark.reliability(row="R12")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_training_at_the_steps_end_with_an_exact_checkpoint(number, status, tmp_path):
-    whole = make_trainer(tmp_path / "whole")
+@either_loop
+def test_a_signal_ends_training_at_the_steps_end_with_an_exact_checkpoint(make, number, status, tmp_path):
+    whole = make(tmp_path / "whole")
     whole.train()
-    trainer = make_trainer(tmp_path / "stopped")
+    trainer = make(tmp_path / "stopped")
     at_step(trainer, 4, lambda: os.kill(os.getpid(), number))
     with pytest.raises(TrainingInterrupted) as caught:
         trainer.train()
     assert caught.value.exit_status == status
     assert caught.value.checkpoint == str(tmp_path / "stopped" / "checkpoint-4")
-    resumed = make_trainer(tmp_path / "stopped")
+    resumed = make(tmp_path / "stopped")
     resumed.train(resume_from_checkpoint="last")
     assert_equal(weights(whole), weights(resumed))
 
 
-def test_handlers_are_put_back_after_training(tmp_path):
+@either_loop
+def test_handlers_are_put_back_after_training(make, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    make_trainer(tmp_path, max_steps=1).train()
+    make(tmp_path, max_steps=1).train()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 SCRIPT = """
     import sys, time
     sys.path.insert(0, {tests!r})
-    from test_resume import WORKERS, make_trainer
+    from test_resume import {make}
     from hf_vit.training.interruption import TrainingInterrupted
 
     if __name__ == "__main__":
-        trainer = make_trainer({folder!r}, max_steps=100_000, **{settings!r})
+        trainer = {make}({folder!r}, max_steps=100_000, **{settings!r})
         training_step = trainer.training_step
 
         def slow_step(*args):
@@ -82,12 +84,14 @@ SCRIPT = """
 """
 
 
-def start_training(tmp_path: Path, *, pause: float, **settings: Any) -> subprocess.Popen:
+def start_training(tmp_path: Path, make: Any, *, pause: float, **settings: Any) -> subprocess.Popen:
     """A training in a process group of its own, past its second step."""
     script = tmp_path / "train.py"
     tests = str(Path(__file__).parent)
     script.write_text(
-        textwrap.dedent(SCRIPT).format(tests=tests, folder=str(tmp_path / "out"), settings=settings, pause=pause)
+        textwrap.dedent(SCRIPT).format(
+            tests=tests, make=make.__name__, folder=str(tmp_path / "out"), settings=settings, pause=pause
+        )
     )
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -102,8 +106,9 @@ def start_training(tmp_path: Path, *, pause: float, **settings: Any) -> subproce
 @pytest.mark.reliability(row="R10")
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, WORKERS], ids=["0 workers", "2 workers"])
-def test_sigterm_to_the_process_saves_at_once_and_leaves_with_its_own_status(settings, figure, tmp_path):
-    with start_training(tmp_path, pause=0.0, **settings) as process:
+@either_loop
+def test_sigterm_to_the_process_saves_at_once_and_leaves_with_its_own_status(make, settings, figure, tmp_path):
+    with start_training(tmp_path, make, pause=0.0, **settings) as process:
         start = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
@@ -120,8 +125,9 @@ def test_sigterm_to_the_process_saves_at_once_and_leaves_with_its_own_status(set
 @pytest.mark.reliability(row="R11")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(number, tmp_path):
-    with start_training(tmp_path, pause=0.5, **WORKERS) as process:
+@either_loop
+def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(make, number, tmp_path):
+    with start_training(tmp_path, make, pause=0.5, **WORKERS) as process:
         os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output
@@ -130,8 +136,9 @@ def test_a_signal_to_the_whole_group_with_workers_leaves_a_whole_checkpoint(numb
 
 @pytest.mark.reliability(row="R11")
 @pytest.mark.slow
-def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    with start_training(tmp_path, pause=600.0) as process:
+@either_loop
+def test_a_second_signal_ends_the_process_at_once(make, tmp_path):
+    with start_training(tmp_path, make, pause=600.0) as process:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         assert process.poll() is None
@@ -143,8 +150,9 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 @pytest.mark.reliability(row="N01")
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("pixel", [1e30, float("nan"), float("inf")])
-def test_a_bad_pixel_stops_training_before_the_step_and_is_named(pixel, ema_decay, tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, ema_decay=ema_decay)
+@either_loop
+def test_a_bad_pixel_stops_training_before_the_step_and_is_named(make, pixel, ema_decay, tmp_path):
+    trainer = make(tmp_path, save_strategy="steps", save_steps=1, ema_decay=ema_decay)
     prepare = trainer.train_dataset._prepare
 
     def poisoned(row: Any, index: int, epoch: int) -> dict:
@@ -166,9 +174,10 @@ def test_a_bad_pixel_stops_training_before_the_step_and_is_named(pixel, ema_deca
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_divergence_is_an_error_and_nothing_of_it_is_saved(warmup, clip, optim, tmp_path):
+@either_loop
+def test_divergence_is_an_error_and_nothing_of_it_is_saved(make, warmup, clip, optim, tmp_path):
     settings = {"optim": optim, "max_grad_norm": clip, "warmup_steps": warmup, "max_steps": 40}
-    trainer = make_trainer(tmp_path, learning_rate=1e6, save_strategy="steps", save_steps=1, **settings)
+    trainer = make(tmp_path, learning_rate=1e6, save_strategy="steps", save_steps=1, **settings)
     with pytest.raises(NonFiniteLossError, match=r"the (loss|norm of the gradients) is \S+ at step \d+, before"):
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -183,8 +192,9 @@ def test_the_stock_way_to_save_on_sigterm_is_refused(tmp_path):
 
 
 @pytest.mark.reliability(row="N02")
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
-    trainer = make_trainer(tmp_path)
+@either_loop
+def test_a_gradient_that_is_not_finite_stops_before_the_step(make, tmp_path):
+    trainer = make(tmp_path)
     bias = trainer.model.classifier.bias
     bias.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(trainer)
@@ -194,8 +204,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
 
 
 @pytest.mark.reliability(row="L03")
-def test_two_trainings_do_not_share_a_folder(tmp_path):
-    first, second = make_trainer(tmp_path), make_trainer(tmp_path)
+@either_loop
+def test_two_trainings_do_not_share_a_folder(make, tmp_path):
+    first, second = make(tmp_path), make(tmp_path)
     refusals = []
 
     def begin_the_second() -> None:
@@ -213,8 +224,9 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
 @pytest.mark.reliability(row="L04")
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", [True, False])
-def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(persistent, figure, tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1000, **(WORKERS | {"dataloader_persistent_workers": persistent}))
+@either_loop
+def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(make, persistent, figure, tmp_path):
+    trainer = make(tmp_path, max_steps=1000, **(WORKERS | {"dataloader_persistent_workers": persistent}))
 
     begin = []
 
@@ -250,9 +262,10 @@ def stalls_at(index: int) -> Any:
 
 @pytest.mark.reliability(row="L04")
 @pytest.mark.slow
-def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(figure, tmp_path):
-    assert 0 < make_trainer(tmp_path).args.dataloader_timeout < float("inf")  # the default
-    trainer = make_trainer(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
+@either_loop
+def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(make, figure, tmp_path):
+    assert 0 < make(tmp_path).args.dataloader_timeout < float("inf")  # the default
+    trainer = make(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
     processor = HfViTImageProcessor.for_model(trainer.model.config)
     trainer.train_dataset = stalls_at(3)(pictures(), processor)
     with pytest.raises(RuntimeError, match=r"timed out after 2.* seconds.*saved in"):

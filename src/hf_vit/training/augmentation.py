@@ -48,7 +48,9 @@ class Augment:
         """The random part and the normalisation of `processor`: uint8 (C, H, W) to float32 (C, h, w)."""
         size = _output_size(processor)
         antialias = bool(getattr(processor, "antialias", True))
-        steps: list[torch.nn.Module] = [_Crop(self.crop_area, self.crop_ratio, size=size, antialias=antialias)]
+        steps: list[torch.nn.Module] = [_Resize(size, antialias=antialias)]
+        if self.crop_area is not None:
+            steps = [_Crop(self.crop_area, self.crop_ratio, size=size, antialias=antialias)]
         if self.flip:
             steps.append(v2.RandomHorizontalFlip(self.flip))
         if self.randaugment_ops:
@@ -240,19 +242,28 @@ class _Preparation:
         return sample | ({"labels": row["label"]} if "label" in row else {})
 
 
+class _Resize(torch.nn.Module):
+    """The whole picture at the model's size, in float32 as `_Crop` does it."""
+
+    def __init__(self, size: tuple[int, int], *, antialias: bool):
+        super().__init__()
+        self.size, self.antialias = list(size), antialias
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return vision.resize(vision.to_dtype(image, torch.float32, scale=True), self.size, antialias=self.antialias)
+
+
 class _Crop(v2.RandomResizedCrop):
     """A random crop, resized in float32 as the reference does: rounding to 8 bits would cost up to 4e-3 of -1...1."""
 
     def __init__(
-        self, area: tuple[float, float] | None, ratio: tuple[float, float], *, size: tuple[int, int], antialias: bool
+        self, area: tuple[float, float], ratio: tuple[float, float], *, size: tuple[int, int], antialias: bool
     ):
-        super().__init__(size, scale=area or (1.0, 1.0), ratio=ratio, antialias=antialias)
-        self.is_whole = area is None
+        super().__init__(size, scale=area, ratio=ratio, antialias=antialias)
+        self._resize = _Resize(size, antialias=antialias)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        crop = inpt if self.is_whole else vision.crop(inpt, **params)
-        crop = vision.to_dtype(crop, torch.float32, scale=True)  # 0...1
-        return vision.resize(crop, list(self.size), interpolation=self.interpolation, antialias=self.antialias)
+        return self._resize(vision.crop(inpt, **params))
 
 
 def _normalization(processor: Any) -> v2.Normalize:

@@ -26,13 +26,16 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         for title, lines in _PANELS
     }
     curves = {title: lines for title, lines in curves.items() if lines}
-    figure = Figure(figsize=(5 * max(len(curves), 1), 3.5), layout="constrained")
-    for index, (title, lines) in enumerate(curves.items()):
-        axes = figure.add_subplot(1, len(curves), index + 1)
+    columns = min(len(curves), 2) or 1
+    rows = -(-len(curves) // columns) or 1
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    last = max((entry["step"] for entry in history), default=1)
+    for index, (title, lines) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index)
         for label, points in lines.items():
             marker = "o" if len(points) < 50 else None
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
-        axes.set(title=title, xlabel="optimizer step")
+        axes.set(title=title, xlabel="optimizer step", xlim=(0, 1.03 * last))
         axes.grid(alpha=0.3)
         if any(lines):
             axes.legend()

@@ -59,7 +59,7 @@ def load_splits(
         streaming: give `train` as a stream and read nothing of it ahead; a bad picture is then met on the way. The
             held-out part is a table in any case (of a Hub dataset in memory, as files are), so that all of it counts.
         bad_images: `fail` names every bad picture in one error before anything else happens, `skip` leaves them out
-            and says how many.
+            and names them in a warning.
         config_name: of a Hub dataset with several configurations.
         require_train: False accepts a dataset that has nothing but a held-out part.
     Raises:
@@ -348,19 +348,18 @@ def _without_bad_images(parts: dict[str, Dataset], bad_images: str, num_workers:
     if not problems:
         return parts
     total = sum(len(part) for part in parts.values())
+    listing = "\n".join(f"  {problem}" for problem in problems)
     if bad_images == "fail":
-        listing = "\n".join(f"  {problem}" for problem in problems)
         raise ImageError(
             f"{len(problems)} of {total} pictures cannot be read; repair or remove them, or skip them with "
             f"bad_images=skip:\n{listing}"
         )
-    first = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-    logger.warning("%d of %d pictures cannot be read and are skipped: %s", len(problems), total, first)
+    logger.warning("%d of %d pictures cannot be read and are skipped:\n%s", len(problems), total, listing)
     kept = {}
     for name, part in parts.items():
         kept[name] = part.select([row for row in range(len(part)) if row not in found[name]])
         if not len(kept[name]):
-            raise ImageError(f"none of the {len(part)} pictures of {name} can be read: {first}")
+            raise ImageError(f"none of the {len(part)} pictures of {name} can be read:\n{listing}")
     return kept
 
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -324,7 +325,11 @@ def _choose_trainable(model: HfViTForImageClassification, args: ModelArguments) 
         target_modules=["query", "value"],
         modules_to_save=["classifier"],
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    # there is no vocabulary to save, for which PEFT would otherwise ask the Hub about the base model at each save
+    save: Any = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    adapted.save_pretrained = save
+    return adapted
 
 
 def _names_in(source: str) -> list[str]:

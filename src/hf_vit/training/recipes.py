@@ -163,10 +163,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             datasets={
                 "digits": {
                     **_DIGITS,
-                    "num_train_epochs": 20,
+                    "num_train_epochs": 14,
                     "warmup_steps": 0.1,
                     "randaugment_layers": 1,
-                    "randaugment_magnitude": 5,
+                    "randaugment_magnitude": 3,
                     "random_erasing": 0.0,
                     "mixup_alpha": 0.2,
                     "cutmix_alpha": 0.0,
