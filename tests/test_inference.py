@@ -48,6 +48,7 @@ FIELDS = [
     {"qkv_bias": False},
     {"representation_size": 8},
     {"num_hidden_layers": 0},
+    {"output_attentions": True},
 ]
 
 

@@ -196,6 +196,8 @@ HOSTILE = [
     {"qkv_bias": "yes"},
     {"id2label": 5},
     {"problem_type": {"dtype": float("nan")}},
+    {"dtype": "int8"},
+    {"dtype": "float8_e4m3fn"},
 ]
 HOSTILE_TIMM = [
     {"depth": 1_000_000},

@@ -177,12 +177,13 @@ class Attention(nn.Module):
         gathered, probabilities = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # (B, N, K, d)
-        if probabilities is None and (
-            self.config.output_attentions if output_attentions is None else output_attentions
-        ):
+        if probabilities is None and self._are_probabilities_asked_for(output_attentions):
             probabilities = attention_probabilities(query, key, attention_mask, self.scaling)
         gathered = gathered.reshape(*hidden_states.shape[:-1], -1)  # (B, N, D)
         return self.dropout(self.out(gathered)), probabilities
+
+    def _are_probabilities_asked_for(self, output_attentions: bool | None) -> bool:
+        return bool(self.config.output_attentions if output_attentions is None else output_attentions)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, K, N, d), K of this rank

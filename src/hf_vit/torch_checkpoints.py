@@ -49,6 +49,7 @@ _PLACES = {
     ),
 }
 _TOKENS = ("cls_token", "embeddings.cls_token", "transformer.embeddings.cls_token")
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("pos_embed", "embeddings.position_embeddings", "transformer.embeddings.position_embeddings")
 # transformers' words for our fields, and what it takes where a config.json is silent and we would not.
 _STOCK_FIELDS = (
@@ -121,6 +122,7 @@ def open_torch_checkpoint(
             config = HfViTConfig(**{**fields, **kept})
             pooler = {f"{prefix}pooler.dense.weight", f"{prefix}pooler.dense.bias"} & names
             left_out = sorted(pooler) if config.representation_size is None else []
+            dtype = _dtype(tensors, stored)
             rules = torch_rules(
                 layout,
                 config,
@@ -135,7 +137,7 @@ def open_torch_checkpoint(
         except UNFIT as error:
             raise CheckpointError(f"{tensors.path}: describes no model: {error}") from error
         check_names(tensors, rules, names - set(left_out))
-        yield Checkpoint(tensors, config, None, rules, left_out, classes > 0, _dtype(tensors, stored))
+        yield Checkpoint(tensors, config, None, rules, left_out, classes > 0, dtype)
 
 
 def _check_parts(names: Shapes) -> None:
@@ -328,6 +330,11 @@ def _labels(classes: int, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(tensors: TensorFiles, stored: dict[str, Any] | None) -> torch.dtype:
+    """Return what `config.json` says, or else the dtype of the weights; what no model computes in becomes float32."""
     told = (stored or {}).get("dtype") or (stored or {}).get("torch_dtype")
     dtype = getattr(torch, told, None) if isinstance(told, str) else None
-    return dtype if isinstance(dtype, torch.dtype) else next(iter(tensors.dtypes.values()))
+    if not isinstance(dtype, torch.dtype):
+        dtype = next(iter(tensors.dtypes.values()))
+    elif dtype not in _COMPUTED:
+        raise CheckpointError(f"config.json says dtype={told!r}; expected float16, bfloat16, float32 or float64")
+    return dtype if dtype in _COMPUTED else torch.float32

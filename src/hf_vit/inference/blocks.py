@@ -62,7 +62,7 @@ class PreparedAttention(Attention):
         value_offset: float = 0.0,
     ):
         nn.Module.__init__(self)
-        self.head_dim = attention.head_dim
+        self.config, self.head_dim = attention.config, attention.head_dim
         weights, biases = _projections(attention, value_gain, value_offset, tokens.dtype)
         self.product = None if is_last else product(torch.cat(weights), torch.cat(biases))
         if is_last:
@@ -76,7 +76,7 @@ class PreparedAttention(Attention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         context: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | None = None,
         residual: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -88,7 +88,9 @@ class PreparedAttention(Attention):
             (query,) = self._split(self.query_product(hidden_states), 1)
             key, value = self._split(self.key_value_product(context), 2)
         gathered = self._attend(query, key, value, attention_mask).transpose(1, 2).flatten(2)  # (B, N, D)
-        probabilities = attention_probabilities(query, key, attention_mask, 1.0) if output_attentions else None
+        probabilities = None
+        if self._are_probabilities_asked_for(output_attentions):
+            probabilities = attention_probabilities(query, key, attention_mask, 1.0)
         return self.out(gathered, residual=residual), probabilities
 
     def _split(self, x: torch.Tensor, parts: int) -> Sequence[torch.Tensor]:
