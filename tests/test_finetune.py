@@ -73,7 +73,7 @@ def picture_folder(tmp_path_factory):
 
 def test_a_recipe_sets_the_arguments_and_flags_override_it():
     model_args, _, args = parse_arguments([*BASE, "--recipe=paper", "--learning_rate=0.5", "--image_size=64"], "")
-    assert (args.optim, args.learning_rate, args.max_steps) == ("sgd", 0.5, 700)
+    assert (args.optim, args.learning_rate, args.max_steps) == ("sgd", 0.5, 850)
     assert model_args.image_size == 64
     _, _, args = parse_arguments([*BASE, "--recipe", "paper", "--num_train_epochs", "2"], "")
     assert (args.max_steps, args.num_train_epochs) == (-1, 2)

@@ -107,7 +107,7 @@ _PAPER = Recipe(
         "imagenet": _by_steps(20_000, 500),
         "pets": _by_steps(500, 100),
         "flowers": _by_steps(500, 100),
-        "digits": _by_steps(700, 100, **_DIGITS),
+        "digits": _by_steps(850, 100, **_DIGITS),
     },
 )
 
