@@ -19,7 +19,7 @@ from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.training.augmentation import AugmentedImages
 from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint
 from hf_vit.training.ema import ExponentialMovingAverage
-from hf_vit.training.interruption import TrainingInterrupted
+from hf_vit.training.interruption import TrainingInterrupted, WorkerDeaths
 from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
 
 
@@ -63,7 +63,7 @@ SCRIPT = """
     import sys, time
     sys.path.insert(0, {tests!r})
     from test_resume import {make}
-    from hf_vit.training.interruption import TrainingInterrupted
+    from hf_vit.training.interruption import TrainingInterrupted, WorkerDeaths
 
     if __name__ == "__main__":
         trainer = {make}({folder!r}, max_steps=100_000, **{settings!r})
@@ -226,8 +226,9 @@ def test_two_trainings_do_not_share_a_folder(make, tmp_path):
 @pytest.mark.parametrize("persistent", [True, False])
 @either_loop
 def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(make, persistent, figure, tmp_path):
-    trainer = make(tmp_path, max_steps=1000, **(WORKERS | {"dataloader_persistent_workers": persistent}))
-
+    # twenty batches an epoch: more are wanted than lie ready when the workers die
+    settings = WORKERS | {"dataloader_persistent_workers": persistent, "per_device_train_batch_size": 1}
+    trainer = make(tmp_path, max_steps=1000, **settings)
     begin = []
 
     def kill_the_workers() -> None:
@@ -242,6 +243,43 @@ def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(make, per
         trainer.train()
     figure("seconds from kill to error", time.monotonic() - begin[0], at_most=5.0)
     newest_complete_checkpoint(tmp_path)
+
+
+def test_a_workers_death_after_the_training_failed_does_not_cover_its_error():
+    def raise_as_torch_does(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    previous = signal.signal(signal.SIGCHLD, raise_as_torch_does)
+    try:
+        deaths = WorkerDeaths()
+        with pytest.raises(ValueError, match="saved"), deaths, deaths.raised_here():
+            raise ValueError("everything is saved")
+        signal.raise_signal(signal.SIGCHLD)  # noted, not raised
+        with pytest.raises(RuntimeError, match="is killed"), WorkerDeaths() as later, later.raised_here():
+            signal.raise_signal(signal.SIGCHLD)
+        with WorkerDeaths() as later, later.raised_here():
+            pass
+        assert signal.getsignal(signal.SIGCHLD) is raise_as_torch_does
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+
+
+def test_a_workers_death_in_the_first_step_waits_for_the_next_fetch():
+    def raise_as_torch_does(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    previous = signal.getsignal(signal.SIGCHLD)
+    try:
+        with pytest.raises(RuntimeError, match="is killed"), WorkerDeaths() as deaths:
+            with deaths.raised_here():
+                signal.signal(signal.SIGCHLD, raise_as_torch_does)  # the first workers start
+            signal.raise_signal(signal.SIGCHLD)
+            is_step_made = True
+            with deaths.raised_here():
+                pass
+        assert is_step_made
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def _command(pid: str) -> str:

@@ -76,7 +76,9 @@ class WorkerDeaths:
     """A context in which a loader worker's death is noticed while a batch is fetched, never in the middle of a step.
 
     torch raises from a handler of SIGCHLD, wherever the main thread is: in the middle of an optimizer step, too, after
-    which half of the parameters have moved.
+    which half of the parameters have moved; or after training, where the late death of a second worker would take the
+    place of the error that says where everything is saved. So torch's handler comes back where training has ended
+    well; after an error the deaths are only noted, until the next training.
     """
 
     def __init__(self) -> None:
@@ -87,8 +89,8 @@ class WorkerDeaths:
     def __enter__(self) -> "WorkerDeaths":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._raise_if_dead is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._raise_if_dead is not None:
             signal.signal(signal.SIGCHLD, self._raise_if_dead)
 
     @contextmanager
@@ -103,13 +105,15 @@ class WorkerDeaths:
             yield
         finally:
             self._is_fetching = False
+            self._stand_before_torch()
 
     def _stand_before_torch(self) -> None:
         """Takes the place of the handler that torch installs with the first workers, once it is there."""
         handler = signal.getsignal(signal.SIGCHLD)
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and callable(handler) and handler != self._note:
-            self._raise_if_dead = handler
+            earlier = getattr(handler, "__self__", None)
+            self._raise_if_dead = earlier._raise_if_dead if isinstance(earlier, WorkerDeaths) else handler
             signal.signal(signal.SIGCHLD, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
