@@ -1,6 +1,9 @@
 """A model prepared for inference: the plain model's numbers, in every configuration, from every kernel."""
 
 import copy
+import platform
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,8 +23,8 @@ from hf_vit import (
 )
 from hf_vit.inference import blocks, kernels, onednn, preparation, prepare
 from hf_vit.inference.blocks import PreparedBlock
-from hf_vit.inference.kernels import BlasLinear
-from hf_vit.inference.onednn import PackedLinear
+from hf_vit.inference.kernels import BlasLinear, attend_by_products, attend_by_torch
+from hf_vit.inference.onednn import PackedLinear, attend_in_one_kernel
 from hf_vit.inference.quantization import Int8Block
 from hf_vit.modeling_hf_vit import gelu_tanh_
 
@@ -73,10 +76,10 @@ def kernel(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["products", "fused"])
+@pytest.fixture(params=[attend_by_products, attend_by_torch, attend_in_one_kernel])
 def attention(request, monkeypatch):
-    longest = 10_000 if request.param == "products" else 0
-    monkeypatch.setattr(blocks, "_longest_by_products", lambda *args: longest)
+    monkeypatch.setattr(blocks, "fastest_attention", lambda *args: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("fields", FIELDS)
@@ -126,12 +129,7 @@ def test_masked_tokens_and_other_sizes_are_taken(kernel):
         )
 
 
-@pytest.fixture
-def plain_products(monkeypatch):
-    monkeypatch.setattr(preparation, "fastest_kernel", lambda block, tokens: BlasLinear)
-
-
-def test_what_a_call_returned_is_not_overwritten_by_the_next(plain_products):
+def test_what_a_call_returned_is_not_overwritten_by_the_next(kernel, attention):
     model = build(HfViTModel)
     fast = prepare(model)
     asked = {"output_hidden_states": True, "output_attentions": True}
@@ -149,7 +147,7 @@ def test_what_a_call_returned_is_not_overwritten_by_the_next(plain_products):
                 assert_close(a, b)
 
 
-def test_threads_do_not_share_what_lies_between_the_products(plain_products):
+def test_threads_do_not_share_what_lies_between_the_products(kernel, attention):
     model = build(num_hidden_layers=6)
     fast = copy.deepcopy(prepare(model))
     batches = [torch.randn(4, 3, 32, 32) for _ in range(24)]
@@ -252,12 +250,20 @@ def test_bfloat16_falls_back_to_float32_and_says_so(monkeypatch, caplog):
 
 
 def test_a_build_without_the_operators_falls_back_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "linear_works", lambda dtype: False)
-    model = build()
+    for module in (kernels, preparation):
+        monkeypatch.setattr(module, "linear_works", lambda dtype: False)
+    monkeypatch.setattr(kernels, "attention_works", lambda dtype: False)
+    kernels.fastest_attention.cache_clear()
+    model, pixels = build(), pixels_for(build())
     with caplog.at_level("WARNING"):
         fast = prepare(model)
+    kernels.fastest_attention.cache_clear()
     assert "no oneDNN linear operators" in caplog.text
-    assert isinstance(fast.vit.encoder.layer[0].ffn.fc1, BlasLinear)
+    block = fast.vit.encoder.layer[0]
+    assert isinstance(block.ffn.fc1, BlasLinear)
+    assert block.attn.attend is not attend_in_one_kernel
+    with torch.inference_mode():
+        assert_close(fast(pixels).logits, model(pixels).logits)
 
 
 @pytest.mark.parametrize("fields", [{}, HYBRID, {"pooling": "gap"}, {"hidden_act": "gelu"}, {"qkv_bias": False}])
@@ -321,6 +327,45 @@ def test_the_quick_gelu_is_the_tanh_gelu():
         torch.testing.assert_close(gelu_tanh_(x.clone(), bias), F.gelu(x + bias, approximate="tanh"))
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other limits")
+def test_freed_memory_is_kept_for_the_next_call():
+    code = """
+import resource, sys, torch
+from hf_vit.inference.kernels import keep_pages
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(2**23, dtype=torch.uint8).zero_()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_pages()
+faults()
+print(faults())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 2048  # what one block of 8 MiB takes; without, each of the twenty
+
+
+def test_attention_of_one_kernel_takes_any_layout_and_leaves_torchs_settings_alone():
+    was_enabled = torch._C._jit_llga_enabled()
+    for pictures, queries, tokens in ((1, 5, 5), (3, 5, 5), (2, 3, 7), (2, 1, 1)):
+        key, value = torch.randn(2, pictures, tokens, 3, 8).transpose(2, 3)
+        query = torch.randn(pictures, 3, queries, 8)
+        torch.testing.assert_close(
+            attend_in_one_kernel(query, key, value), attend_by_products(query, key, value), atol=2e-6, rtol=1e-5
+        )
+    assert torch._C._jit_llga_enabled() == was_enabled
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (1, 3, 37, 45), (1, 3, 8, 8)])
+def test_patches_by_one_product_are_those_of_the_convolution(shape):
+    conv = torch.nn.Conv2d(3, 16, (8, 8), stride=8)
+    product = preparation.PatchProduct(conv.weight, conv.bias, 2)
+    pixels = torch.randn(shape)
+    with torch.inference_mode():
+        torch.testing.assert_close(product(pixels), conv(pixels), atol=2e-6, rtol=1e-5)
+
+
 def test_the_operators_of_this_build_are_found_and_agree():
     assert onednn.linear_works(torch.float32)
+    assert onednn.attention_works(torch.float32)
     assert onednn.int8_works()

@@ -4,7 +4,6 @@ Shapes: B pictures, N tokens, D `hidden_size`, K heads of d = D / K.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from hf_vit.modeling_hf_vit import (
     attention_probabilities,
 )
 
-from .kernels import BlasLinear, Kernel, Scratch, quickest
+from .kernels import Kernel, attend_by_torch, fastest_attention
 
 
 def encoder_of(model: HfViTPreTrainedModel) -> Encoder:
@@ -46,8 +45,7 @@ class PreparedAttention(Attention):
         out: The linear layer of the output.
         tokens: (B, N, D) as they will come.
         is_last: Of the last block, whose queries may be the class token alone: a product of their own.
-        value_gain, value_offset: What the values are multiplied by, and what is then added; what is gathered of them
-            changes alike, because the weights of attention sum to one.
+        value_gain: What the values are multiplied by, and with them what is gathered.
     """
 
     def __init__(
@@ -59,17 +57,17 @@ class PreparedAttention(Attention):
         *,
         is_last: bool,
         value_gain: float = 1.0,
-        value_offset: float = 0.0,
     ):
         nn.Module.__init__(self)
         self.config, self.head_dim = attention.config, attention.head_dim
-        weights, biases = _projections(attention, value_gain, value_offset, tokens.dtype)
+        weights, biases = _projections(attention, value_gain)
         self.product = None if is_last else product(torch.cat(weights), torch.cat(biases))
         if is_last:
             self.query_product = product(weights[0], biases[0])
             self.key_value_product = product(torch.cat(weights[1:]), torch.cat(biases[1:]))
         self.out = out
-        self.by_products_up_to = _longest_by_products(tokens.dtype, self.head_dim, tokens.shape)
+        self.num_tokens = tokens.shape[1]
+        self.attend = fastest_attention(tokens.dtype, self.head_dim, tokens.shape)
 
     def forward(
         self,
@@ -90,6 +88,8 @@ class PreparedAttention(Attention):
         gathered = self._attend(query, key, value, attention_mask).transpose(1, 2).flatten(2)  # (B, N, D)
         probabilities = None
         if self._are_probabilities_asked_for(output_attentions):
+            if residual is not None:  # of another dtype between int8 products
+                query, key = query.to(residual.dtype), key.to(residual.dtype)
             probabilities = attention_probabilities(query, key, attention_mask, 1.0)
         return self.out(gathered, residual=residual), probabilities
 
@@ -99,37 +99,20 @@ class PreparedAttention(Attention):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        if mask is None and key.shape[2] <= self.by_products_up_to:
-            return attend_by_products(query, key, value)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        if mask is not None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        attend = self.attend if key.shape[2] <= self.num_tokens else attend_by_torch  # the choice was for so many
+        return attend(query, key, value)
 
 
-def _projections(
-    attention: Attention, value_gain: float, value_offset: float, dtype: torch.dtype
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _projections(attention: Attention, value_gain: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return the weights and the biases of queries (scaled by 1 / sqrt(d)), keys and values."""
     weights, biases = [], []
     for linear, gain in ((attention.query, attention.scaling), (attention.key, 1.0), (attention.value, value_gain)):
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        weights.append((linear.weight * gain).to(dtype))
-        biases.append((bias * gain).to(dtype))
-    biases[2] += value_offset
+        weights.append(linear.weight * gain)
+        biases.append(bias * gain)
     return weights, biases
-
-
-def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T) v; faster than the fused kernel where all scores fit the cache."""
-    return torch.matmul(torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1), value)
-
-
-@functools.cache
-def _longest_by_products(dtype: torch.dtype, head_dim: int, shape: torch.Size) -> int:
-    """Up to how many tokens plain products are faster here: those of `shape` (B, N, D), or none."""
-    heads = shape[2] // head_dim
-    query, key, value = torch.randn(3, shape[0], shape[1], heads, head_dim, dtype=dtype).transpose(2, 3)
-    plain = quickest(lambda: attend_by_products(query, key, value))
-    fused = quickest(lambda: F.scaled_dot_product_attention(query, key, value, scale=1.0))
-    return shape[1] if plain < fused else 0
 
 
 class PreparedMlp(nn.Module):
@@ -149,21 +132,22 @@ class PreparedMlp(nn.Module):
 
 
 class PreparedBlock(Block):
-    """One block, its weights in the layout of `kernel`, what lies between its products in `scratch`."""
+    """One block, its weights in the layout of `kernel`."""
 
-    def __init__(self, block: Block, kernel: Kernel, tokens: torch.Tensor, scratch: Scratch, *, is_last: bool):
+    def __init__(self, block: Block, kernel: Kernel, tokens: torch.Tensor, *, is_last: bool):
         nn.Module.__init__(self)
         rows, dtype = tokens.shape[0] * tokens.shape[1], tokens.dtype
         out = kernel(block.attn.out.weight.to(dtype), block.attn.out.bias.to(dtype), rows)
         self.attention_norm = copy.deepcopy(block.attention_norm).to(dtype).requires_grad_(False)
         self.attn = PreparedAttention(
-            block.attn, lambda weight, bias: kernel(weight, bias, rows), out, tokens, is_last=is_last
+            block.attn,
+            lambda weight, bias: kernel(weight.to(dtype), bias.to(dtype), rows),
+            out,
+            tokens,
+            is_last=is_last,
         )
         self.ffn_norm = copy.deepcopy(block.ffn_norm).to(dtype).requires_grad_(False)
         self.ffn = PreparedMlp(block.ffn, kernel, tokens, block.attn.config.hidden_act)
-        for layer in self.modules():
-            if isinstance(layer, BlasLinear):
-                layer.scratch = scratch
 
     @torch.compiler.disable  # the kernels are chosen, and their weights packed: there is nothing left to compile
     def forward(

@@ -1,61 +1,46 @@
-"""Linear layers for inference on a CPU, and the choice between them by measurement."""
+"""Kernels for inference on a CPU, and the choice between them by measurement."""
 
-import threading
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from hf_vit.modeling_hf_vit import Block, gelu_tanh_
 
-from .onednn import PackedLinear, linear_works
+from .onednn import PackedLinear, attend_in_one_kernel, attention_works, linear_works
 
 
 logger = logging.get_logger(__name__)
 
 Kernel = Callable[..., nn.Module]  # (weight, bias, rows) -> a module of (x, activation=, residual=)
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # softmax(q k^T) v of (B, K, N, d)
 
 _TRIAL_RUNS = 4
+_LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; the largest that glibc keeps in its heap, 4 MiB * sizeof(long)
 
 
-class Scratch(threading.local):
-    """Memory for intermediate results, kept from call to call; every thread has its own.
+def keep_pages() -> None:
+    """Make the C library keep freed blocks of up to 32 MiB, 64 MiB in all, for the next call.
 
-    The C library gives large blocks back to the system as they are freed, and touching fresh pages takes up to a sixth
-    of a forward pass. One block is kept for each width, as large as the largest batch needed.
+    glibc takes blocks as large as any that was freed before from its heap, and smaller ones afresh from the system,
+    page by page: up to a sixth of a forward pass. So one block of that size, never touched, is taken and freed.
     """
-
-    def __init__(self):
-        self.kept: dict[int, torch.Tensor] = {}
-
-    def __reduce__(self):  # a copy starts with none
-        return Scratch, ()
-
-    def take(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return (rows, width) numbers of any value; the next call for this width overwrites them."""
-        block = self.kept.get(width)
-        if block is None or len(block) < rows or block.dtype != dtype:
-            with torch.inference_mode(False):  # a tensor made in that mode could not be written outside of it
-                block = self.kept[width] = torch.empty(rows, width, dtype=dtype)
-        return block[:rows]
+    torch.empty(_LARGEST_HEAP_BLOCK - 2**14, dtype=torch.uint8)
 
 
 class BlasLinear(nn.Module):
-    """A linear layer with its weights as (in, out), which BLAS libraries read faster than (out, in).
-
-    Attributes:
-        scratch: Where a result goes that is not added to a residual, and so is soon used up; None for fresh memory.
-    """
+    """A linear layer with its weights as (in, out), which BLAS libraries read faster than (out, in)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int):
         super().__init__()
         self.weight = weight.detach().t().contiguous()
         self.bias = bias.detach().clone()
-        self.scratch: Scratch | None = None
 
     def forward(
         self, x: torch.Tensor, activation: str | None = None, residual: torch.Tensor | None = None
@@ -64,10 +49,9 @@ class BlasLinear(nn.Module):
         rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], -1)
         if residual is not None:
             return torch.addmm(self.bias, rows, self.weight).view(shape).add_(residual)
-        out = None if self.scratch is None else self.scratch.take(len(rows), len(self.bias), x.dtype)
         if activation == "gelu_pytorch_tanh" and x.dtype == torch.float32:
-            return gelu_tanh_(torch.mm(rows, self.weight, out=out), self.bias).view(shape)
-        y = torch.addmm(self.bias, rows, self.weight, out=out).view(shape)
+            return gelu_tanh_(torch.mm(rows, self.weight), self.bias).view(shape)
+        y = torch.addmm(self.bias, rows, self.weight).view(shape)
         return y if activation is None else ACT2FN[activation](y)
 
 
@@ -98,6 +82,29 @@ def _fastest(shape: tuple[int, int], tokens: torch.Tensor, **after: Any) -> Kern
     return min(seconds, key=seconds.__getitem__)
 
 
+def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T) v in three steps."""
+    return torch.matmul(torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1), value)
+
+
+def attend_by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T) v by torch's own fused kernel."""
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)
+
+
+@functools.cache
+def fastest_attention(dtype: torch.dtype, head_dim: int, shape: torch.Size) -> Attend:
+    """Return the attention that is fastest on this machine for tokens of `shape` (B, N, D)."""
+    pictures, num_tokens, width = shape
+    products = torch.randn(pictures, num_tokens, 3, width // head_dim, head_dim).to(dtype)
+    query, key, value = products.permute(2, 0, 3, 1, 4).unbind()  # (B, K, N, d)
+    candidates: list[Attend] = [attend_by_torch, attend_by_products]
+    if attention_works(dtype):
+        candidates.append(attend_in_one_kernel)
+    seconds = {attend: quickest(lambda attend=attend: attend(query, key, value)) for attend in candidates}
+    return min(seconds, key=seconds.__getitem__)
+
+
 def quickest(run: Callable[[], Any]) -> float:
     """Return the seconds of the quickest of a few runs, the first not counted."""
     times = []
@@ -108,4 +115,4 @@ def quickest(run: Callable[[], Any]) -> float:
     return min(times[1:])
 
 
-__all__ = ["BlasLinear", "Kernel", "Scratch", "fastest_kernel", "quickest"]
+__all__ = ["Attend", "BlasLinear", "Kernel", "attend_by_torch", "fastest_attention", "fastest_kernel", "keep_pages"]

@@ -1,10 +1,12 @@
-"""oneDNN's linear layers inside torch: weights packed once, with what follows the product fused into it.
+"""oneDNN inside torch: linear layers, their weights packed once and what follows fused in; attention in one kernel.
 
-These are the operators that torch's own compiler emits. They are no public promise of torch, so they are reached in
-this file alone: each is tried against plain torch before it is used (`linear_works`, `int8_works`).
+These are the operators that torch's own compilers emit. They are no public promise of torch, so they are reached in
+this file alone: each is tried against plain torch before it is used (`linear_works`, `attention_works`, `int8_works`).
 """
 
 import functools
+import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,14 @@ from transformers.activations import ACT2FN
 GELU_ALGORITHMS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 
-class PackedLinear(nn.Module):
+class _Packed(nn.Module):
+    """A layer whose weights are never written, and which torch cannot copy: copies of a model share it."""
+
+    def __deepcopy__(self, memo: dict) -> "_Packed":
+        return self
+
+
+class PackedLinear(_Packed):
     """A linear layer with its weights in the order in which oneDNN reads them.
 
     Args:
@@ -35,6 +44,8 @@ class PackedLinear(nn.Module):
     ) -> torch.Tensor:
         """Return activation(x W^T + b), or x W^T + b + residual."""
         x = x.contiguous()
+        if residual is not None and x.dtype == torch.float32:  # fused, the sum takes three times as long
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "").add_(residual)
         if residual is not None:
             linear = torch.ops.mkldnn._linear_pointwise.binary
             return linear(x, residual.contiguous(), self.packed, self.bias, "add")
@@ -43,7 +54,45 @@ class PackedLinear(nn.Module):
         return y if activation is None or activation in GELU_ALGORITHMS else ACT2FN[activation](y)
 
 
-class Int8Linear(nn.Module):
+# softmax(q k^T) v for torch's script interpreter, which gives the three steps to oneDNN as one kernel.
+_ATTENTION = """
+graph(%query : Tensor, %key : Tensor, %value : Tensor):
+  %last : int = prim::Constant[value=-1]()
+  %before : int = prim::Constant[value=-2]()
+  %none : NoneType = prim::Constant()
+  %transposed : Tensor = aten::transpose(%key, %before, %last)
+  %scores : Tensor = aten::matmul(%query, %transposed)
+  %probabilities : Tensor = aten::softmax(%scores, %last, %none)
+  %gathered : Tensor = aten::matmul(%probabilities, %value)
+  return (%gathered)
+"""
+_attention_is_being_built = threading.Lock()
+
+
+def attend_in_one_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return softmax(q k^T) v of (B, K, N, d), contiguous; the first call for a shape builds its kernel."""
+    operands = (query, key, value)
+    layouts = tuple((tuple(x.shape), x.stride()) for x in operands)
+    return _attention_kernel(query.dtype, layouts)(*operands)
+
+
+@functools.lru_cache(maxsize=32)
+def _attention_kernel(dtype: torch.dtype, layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> Callable:
+    """A kernel is for one layout of its operands: the first run records it, the second builds."""
+    kernel = torch._C._create_function_from_graph("attention", torch._C.parse_ir(_ATTENTION))
+    operands = [torch.empty_strided(shape, stride, dtype=dtype).zero_() for shape, stride in layouts]
+    with _attention_is_being_built, torch.no_grad():
+        was_enabled = torch._C._jit_llga_enabled()
+        torch._C._jit_set_llga_enabled(True)
+        try:
+            for _ in range(2):
+                kernel(*operands)
+        finally:
+            torch._C._jit_set_llga_enabled(was_enabled)
+    return kernel
+
+
+class Int8Linear(_Packed):
     """A linear layer on whole numbers: 8-bit activations of one scale, weights with a scale for each output.
 
     Args:
@@ -51,14 +100,24 @@ class Int8Linear(nn.Module):
         bias: (out).
         scale, zero_point: An input of q stands for (q - zero_point) * scale.
         rows: As of `PackedLinear`.
+        dtype: Of the output, where that is not uint8.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, scale: float, zero_point: int, *, rows: int):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        scale: float,
+        zero_point: int,
+        *,
+        rows: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         levels = weight_levels()
         steps = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / levels  # (out)
         whole = (weight / steps[:, None]).round().clamp(-levels, levels).to(torch.int8)
-        self.scale, self.zero_point = scale, zero_point
+        self.scale, self.zero_point, self.dtype = scale, zero_point, dtype
         self.packed = torch.ops.onednn.qlinear_prepack(whole, [rows, weight.shape[1]])
         self.steps = steps
         self.zeros = torch.zeros(len(weight), dtype=torch.int8)
@@ -71,10 +130,10 @@ class Int8Linear(nn.Module):
         output: tuple[float, int] | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return float32 of an input of uint8, the residual added; or uint8 of the scale and zero point `output`."""
+        """Return floats of an input of uint8, the residual added; or uint8 of the scale and zero point `output`."""
         x = x.contiguous()
         scale, zero_point = output or (1.0, 0)
-        dtype = torch.float32 if output is None else torch.uint8
+        dtype = self.dtype if output is None else torch.uint8
         operands = (self.scale, self.zero_point, self.packed, self.steps, self.zeros)
         if residual is not None:
             linear = torch.ops.onednn.qlinear_pointwise.binary
@@ -124,6 +183,24 @@ def linear_works(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
+def attention_works(dtype: torch.dtype) -> bool:
+    """Whether `attend_in_one_kernel` gives plain torch's numbers in this build, on this processor, in `dtype`."""
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    products = torch.randn(2, 5, 3, 4, 16, generator=generator).to(dtype)  # (B, N, 3, K, d)
+    query, key, value = products.permute(2, 0, 3, 1, 4).unbind()
+    query = query * 16**-0.5
+    try:
+        found = attend_in_one_kernel(query, key, value)
+    except (AttributeError, RuntimeError):  # no such interpreter, or not for this processor
+        return False
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    expected = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    return torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@functools.cache
 def int8_works() -> bool:
     """Whether `Int8Linear` computes what its numbers stand for in this build."""
     x, weight, bias, residual = _trial(torch.float32)
@@ -151,4 +228,13 @@ def _trial(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return x, weight / 8, bias, residual
 
 
-__all__ = ["GELU_ALGORITHMS", "Int8Linear", "PackedLinear", "has_bfloat16", "int8_works", "linear_works"]
+__all__ = [
+    "GELU_ALGORITHMS",
+    "Int8Linear",
+    "PackedLinear",
+    "attend_in_one_kernel",
+    "attention_works",
+    "has_bfloat16",
+    "int8_works",
+    "linear_works",
+]

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput, logging
 from hf_vit.modeling_hf_vit import Block, Embeddings, HfViTPreTrainedModel
 
 from .blocks import PreparedBlock, blocks_of, encoder_of
-from .kernels import Scratch, fastest_kernel
-from .onednn import has_bfloat16, int8_works
+from .kernels import fastest_kernel, keep_pages
+from .onednn import PackedLinear, has_bfloat16, int8_works, linear_works
 from .quantization import quantized_blocks
 
 
@@ -67,18 +67,18 @@ def prepare(
     with torch.no_grad():
         if model.device.type != "cpu":
             return _compiled(_copied(model, compute, image_processor))
-        prepared = _copied(model, compute, image_processor, blocks=nn.ModuleList())
+        prepared = _copied(model, compute, image_processor, pictures=batch_size)
         encoder_of(prepared).layer.extend(_prepared_blocks(model, dtype, batch_size, calibration))
     prepared.config._attn_implementation = "sdpa"
     return prepared
 
 
-def _copied(model: Model, compute: torch.dtype, image_processor: Any, blocks: nn.ModuleList | None = None) -> Model:
-    """A copy that refuses to be saved, with `blocks` instead of its own where given."""
-    known = {} if blocks is None else {id(encoder_of(model).layer): blocks}
+def _copied(model: Model, compute: torch.dtype, image_processor: Any, pictures: int | None = None) -> Model:
+    """A copy that refuses to be saved; without blocks where the number of `pictures` is given."""
+    known = {} if pictures is None else {id(encoder_of(model).layer): nn.ModuleList()}
     prepared = copy.deepcopy(model, known).to(compute).eval().requires_grad_(False)
     prepared._output_capturing_hooks_installed = False  # transformers installs them again, on the new blocks
-    prepared.base_model.embeddings = PreparedEmbeddings(prepared.base_model.embeddings, image_processor)
+    prepared.base_model.embeddings = PreparedEmbeddings(prepared.base_model.embeddings, image_processor, pictures)
     prepared.save_pretrained = prepared.push_to_hub = _refuse_to_save
     return prepared
 
@@ -95,14 +95,16 @@ def _prepared_blocks(
 ) -> list[Block]:
     blocks = blocks_of(model)
     config = model.config
+    keep_pages()
     num_tokens = config.num_prefix_tokens + config.grid_size[0] * config.grid_size[1]
+    tokens = torch.randn(min(batch_size, _MOST_TRIAL_PICTURES), num_tokens, config.hidden_size)
     if calibration is not None:
-        return quantized_blocks(model, calibration, num_tokens)
+        return quantized_blocks(model, calibration, tokens)
     if not blocks:
         return []
-    tokens = torch.randn(min(batch_size, _MOST_TRIAL_PICTURES), num_tokens, config.hidden_size, dtype=dtype)
-    kernel, scratch = fastest_kernel(blocks[0], tokens), Scratch()
-    return [PreparedBlock(block, kernel, tokens, scratch, is_last=block is blocks[-1]) for block in blocks]
+    tokens = tokens.to(dtype)
+    kernel = fastest_kernel(blocks[0], tokens)
+    return [PreparedBlock(block, kernel, tokens, is_last=block is blocks[-1]) for block in blocks]
 
 
 def _compiled(model: Model) -> Model:
@@ -126,18 +128,57 @@ def _cloned(value: Any) -> Any:
     return tuple(_cloned(part) for part in value) if isinstance(value, tuple) else value
 
 
-class PreparedEmbeddings(Embeddings):
-    """Embeddings that also take uint8 pixels, the image processor's scaling and normalisation folded into them."""
+class PatchProduct(nn.Module):
+    """The patch embedding as one product of oneDNN.
 
-    def __init__(self, embeddings: Embeddings, image_processor: Any):
+    Args:
+        weight: (D, C, ph, pw), of a convolution whose stride is its kernel.
+        bias: (D).
+        pictures: How many come at once, about.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, pictures: int):
+        super().__init__()
+        self.patch, self.dtype = weight.shape[2:], weight.dtype
+        self.linear = PackedLinear(weight.flatten(1), bias, pictures)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return (B, D, h, w) of pixels (B, C, H, W) of any dtype."""
+        height, width = self.patch
+        h, w = pixel_values.shape[2] // height, pixel_values.shape[3] // width
+        whole = pixel_values[:, :, : h * height, : w * width]
+        pixels = whole.unflatten(3, (w, width)).unflatten(2, (h, height)).permute(0, 2, 4, 1, 3, 5)
+        patches = pixels.to(self.dtype, memory_format=torch.contiguous_format)  # (B, h, w, C, ph, pw)
+        return self.linear(patches.flatten(3).flatten(1, 2)).transpose(1, 2).unflatten(2, (h, w))
+
+
+class PreparedEmbeddings(Embeddings):
+    """Embeddings that also take uint8 pixels, the image processor's scaling and normalisation folded into them.
+
+    Args:
+        pictures: On a CPU, how many come at once, about; None on other devices.
+    """
+
+    def __init__(self, embeddings: Embeddings, image_processor: Any, pictures: int | None):
         super().__init__(embeddings.config, use_mask_token=embeddings.mask_token is not None)
         self.load_state_dict(embeddings.state_dict())
         self.to(embeddings.patch_embeddings.weight.dtype).to(embeddings.patch_embeddings.weight.device)
         self.eval().requires_grad_(False)
         self.pixel_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # gain and offset of a pixel, (C, 1, 1)
-        self.folded: tuple[torch.Tensor, torch.Tensor] | None = None  # weight and bias of the patches
+        self.product: Callable | None = None  # pictures as floats, and as bytes, to patches
+        self.folded: Callable | None = None
+        self.pictures = pictures
+        weight = self.patch_embeddings.weight
+        if pictures is not None and self.hybrid_model is None and linear_works(weight.dtype):
+            self.product = PatchProduct(weight, self._bias, pictures)
         if image_processor is not None:
             self._fold(image_processor)
+
+    @property
+    def _bias(self) -> torch.Tensor:
+        bias = self.patch_embeddings.bias
+        assert bias is not None
+        return bias
 
     def _fold(self, image_processor: Any) -> None:
         conv = self.patch_embeddings
@@ -149,20 +190,24 @@ class PreparedEmbeddings(Embeddings):
         if self.hybrid_model is not None:  # pads with zeros after normalisation: not to be folded
             self.pixel_scale = gain, offset
         else:
-            shift = (conv.weight.double() * offset).sum(dim=(1, 2, 3))
-            bias = shift if conv.bias is None else shift + conv.bias
-            self.folded = conv.weight * gain, bias.to(conv.weight.dtype)
+            bias = self._bias + (conv.weight.double() * offset).sum(dim=(1, 2, 3))
+            weight, bias = conv.weight * gain, bias.to(conv.weight.dtype)
+            if self.product is not None and self.pictures is not None:
+                self.folded = PatchProduct(weight, bias, self.pictures)
+            else:
+                self.folded = functools.partial(F.conv2d, weight=weight, bias=bias, stride=conv.stride)
 
     def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.dtype != torch.uint8:
+            if self.product is not None and pixel_values.is_floating_point():
+                return self.product(pixel_values)
             return super()._patches(pixel_values)
-        pixels = pixel_values.to(self.patch_embeddings.weight.dtype)
         if self.folded is not None:
-            return F.conv2d(pixels, *self.folded, stride=self.patch_embeddings.stride)
+            return self.folded(pixel_values.to(self.patch_embeddings.weight.dtype))
         if self.pixel_scale is None:
             raise ValueError("pixel_values are uint8: give image_processor= to prepare, or normalised floats")
         gain, offset = self.pixel_scale
-        return super()._patches(pixels * gain + offset)
+        return super()._patches(pixel_values.to(self.patch_embeddings.weight.dtype) * gain + offset)
 
 
 __all__ = ["prepare"]

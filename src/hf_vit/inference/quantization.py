@@ -2,30 +2,32 @@
 
 Every product of a block reads uint8 of one scale, fixed beforehand (static), and int8 weights with a scale for each
 output. No step of quantising costs a pass of its own where algebra saves it: a LayerNorm gives its output in units of
-the next product's steps, and so do the values of attention, whose weights sum to one; GELU is fused into the product
-that writes uint8. Attention itself, the embeddings and the heads stay in float32.
+the next product's steps, and so do the values of attention; GELU is fused into the product that writes uint8.
+Attention itself is in bfloat16 where the processor can; what is added from block to block, the embeddings and the
+heads stay in float32.
 
 Large channels of a LayerNorm's output are divided, and the next weights multiplied, by the same numbers (SmoothQuant,
 arXiv:2211.10438, strength 1/2). A site's scale is the one with the least squared error on the calibration tokens.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_vit.modeling_hf_vit import Attention, Block, HfViTPreTrainedModel
 
 from .blocks import PreparedAttention, PreparedBlock, blocks_of
-from .onednn import GELU_ALGORITHMS, Int8Linear
+from .onednn import GELU_ALGORITHMS, Int8Linear, has_bfloat16
 
 
 _ROWS_A_BATCH = 32  # tokens kept of each batch, at every site
 _MAX_ROWS = 512
 _LEVELS = 255
+_MIDDLE = 128
 _SITES = {"attention": "attn.query", "out": "attn.out", "fc1": "ffn.fc1", "fc2": "ffn.fc2"}
 
 
@@ -62,11 +64,14 @@ class Site:
         return min(found)[1:]
 
 
-def quantized_blocks(model: HfViTPreTrainedModel, calibration: Iterable[torch.Tensor], num_tokens: int) -> list[Block]:
+def quantized_blocks(
+    model: HfViTPreTrainedModel, calibration: Iterable[torch.Tensor], tokens: torch.Tensor
+) -> list[Block]:
     """Return the model's blocks in int8.
 
     Args:
         calibration: Batches of `pixel_values` (B, C, H, W).
+        tokens: (B, N, D) as they will come.
 
     Raises:
         ValueError: if there is no picture, or the activation is no GELU.
@@ -75,7 +80,7 @@ def quantized_blocks(model: HfViTPreTrainedModel, calibration: Iterable[torch.Te
         raise ValueError(f"hidden_act is {model.config.hidden_act}: int8 is for {', '.join(GELU_ALGORITHMS)}")
     blocks = blocks_of(model)
     sites = observe(model, calibration)
-    tokens = torch.zeros(2, num_tokens, model.config.hidden_size)
+    tokens = tokens.to(torch.bfloat16 if has_bfloat16() else torch.float32)
     return [
         Int8Block(block, site, tokens, is_last=block is blocks[-1]) for block, site in zip(blocks, sites, strict=True)
     ]
@@ -108,21 +113,24 @@ class QuantizedNorm(nn.Module):
 
     def __init__(self, norm: nn.LayerNorm, divisor: torch.Tensor, scale: float, zero_point: int):
         super().__init__()
-        self.eps = norm.eps
-        self.weight = (norm.weight / divisor / scale).detach()
-        self.bias = (norm.bias / divisor / scale + (zero_point + 0.5)).detach()  # the half rounds
+        self.norm = copy.deepcopy(norm).requires_grad_(False)
+        self.norm.weight.div_(divisor * scale)
+        self.norm.bias.div_(divisor * scale).add_(zero_point - _MIDDLE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return whole(F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps))
+        return whole_(self.norm(x))
 
 
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """Return floats in 0...256, and what is beyond that cut off, as the uint8 below them; overwrites `x`."""
-    return x.clamp_(0, _LEVELS + 0.99).to(torch.uint8)
+def whole_(x: torch.Tensor) -> torch.Tensor:
+    """Return x + 128, rounded and cut off at 0 and 255, as uint8; overwrites `x`, float32.
+
+    torch converts to int8 four times as fast as to uint8; turning the highest bit over adds 128.
+    """
+    return x.clamp_(-128, 127).round_().to(torch.int8).bitwise_xor_(-128).view(torch.uint8)
 
 
 class Int8Attention(PreparedAttention):
-    """Attention between int8 products: scores, softmax and sums in float32."""
+    """Attention between int8 products: scores, softmax and sums in the dtype of `tokens`."""
 
     def __init__(
         self,
@@ -137,11 +145,10 @@ class Int8Attention(PreparedAttention):
         rows = tokens.shape[0] * tokens.shape[1]
 
         def product(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
-            return Int8Linear(weight * divisor, bias, *context, rows=rows)
+            return Int8Linear(weight * divisor, bias, *context, rows=rows, dtype=tokens.dtype)
 
         out = _Whole(Int8Linear(attention.out.weight, attention.out.bias, *gathered, rows=rows))
-        gain, offset = 1 / gathered[0], gathered[1] + 0.5  # in steps of what `out` reads; the half rounds
-        super().__init__(attention, product, out, tokens, is_last=is_last, value_gain=gain, value_offset=offset)
+        super().__init__(attention, product, out, tokens, is_last=is_last, value_gain=1 / gathered[0])
 
 
 class _Whole(nn.Module):
@@ -152,7 +159,7 @@ class _Whole(nn.Module):
         self.product = product
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.product(whole(x), residual=residual)
+        return self.product(whole_(x.float().add_(self.product.zero_point - _MIDDLE)), residual=residual)
 
 
 class Int8Mlp(nn.Module):
