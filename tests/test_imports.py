@@ -14,7 +14,8 @@ HUB_FILES = {
     "configuration_hf_vit": set(),
     "position_embeddings": set(),
     "resnetv2": set(),
-    "modeling_hf_vit": {"configuration_hf_vit", "position_embeddings", "resnetv2"},
+    "cpu_kernels": set(),
+    "modeling_hf_vit": {"configuration_hf_vit", "cpu_kernels", "position_embeddings", "resnetv2"},
     "image_processing_hf_vit": {"configuration_hf_vit"},
 }
 ON_TOP = {"training", "explain", "probing", "inference", "hub"}
@@ -57,7 +58,7 @@ def test_hub_files_import_each_other_only(name):
     }
 
 
-@pytest.mark.parametrize("name", ["layouts", "position_embeddings", "resnetv2"])
+@pytest.mark.parametrize("name", ["layouts", "position_embeddings", "resnetv2", "cpu_kernels"])
 def test_tables_and_tensor_functions_import_torch_alone(name):
     roots = {module.split(".")[0] for module, level in imports_of(PACKAGE / f"{name}.py")}
     assert roots - set(sys.stdlib_module_names) == {"torch"}

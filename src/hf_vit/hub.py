@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 HUB_FILES = (
     "configuration_hf_vit.py",
+    "cpu_kernels.py",
     "position_embeddings.py",
     "resnetv2.py",
     "modeling_hf_vit.py",

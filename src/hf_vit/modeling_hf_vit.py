@@ -33,6 +33,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hf_vit import HfViTConfig, installed_module
+from .cpu_kernels import Linear, attend_by_products, gelu_tanh_
 from .position_embeddings import resample_position_embeddings, sincos2d_position_embeddings
 from .resnetv2 import ResNetV2
 
@@ -149,10 +150,10 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.key = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.value = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.out = Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -170,17 +171,23 @@ class Attention(nn.Module):
         context = hidden_states if context is None else context
         query = self._split_heads(self.query(hidden_states))  # (B, K, N, d)
         key, value = self._split_heads(self.key(context)), self._split_heads(self.value(context))
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        gathered, probabilities = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )  # (B, N, K, d)
+        gathered, probabilities = self._attend(query, key, value, attention_mask, **kwargs)  # (B, N, K, d)
         if probabilities is None and self._are_probabilities_asked_for(output_attentions):
             probabilities = attention_probabilities(query, key, attention_mask, self.scaling)
         gathered = gathered.reshape(*hidden_states.shape[:-1], -1)  # (B, N, D)
         return self.dropout(self.out(gathered)), probabilities
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        backend = self.config._attn_implementation
+        dropout = self.attention_dropout if self.training else 0.0
+        if backend == "sdpa" and attention_mask is None and dropout == 0:
+            gathered = attend_by_products(query, key, value, self.scaling)
+            if gathered is not None:
+                return gathered.transpose(1, 2), None
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def _are_probabilities_asked_for(self, output_attentions: bool | None) -> bool:
         return bool(self.config.output_attentions if output_attentions is None else output_attentions)
@@ -227,8 +234,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: HfViTConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -242,21 +249,8 @@ class Mlp(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         is_plain = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-        is_alone = type(self.fc1) is nn.Linear and type(self.activation) is GELUTanh and not _has_hooks(self)
+        is_alone = type(self.fc1) is Linear and type(self.activation) is GELUTanh and not _has_hooks(self)
         return is_plain and is_alone
-
-
-def gelu_tanh_(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Apply the tanh GELU in place, to x + bias, in pieces that stay in the cache of a CPU.
-
-    x * sigmoid(2u) is x * (1 + tanh(u)) / 2, and a sigmoid is quicker than a tanh.
-    """
-    for rows in x.view(-1, x.shape[-1]).split(64 * torch.get_num_threads()):
-        if bias is not None:
-            rows.add_(bias)
-        twice_u = torch.addcmul(rows, rows * rows, rows, value=0.044715).mul_(2 * (2 / torch.pi) ** 0.5)
-        rows.mul_(twice_u.sigmoid_())
-    return x
 
 
 class DropPath(nn.Module):

@@ -85,7 +85,7 @@ class PreparedAttention(Attention):
         else:
             (query,) = self._split(self.query_product(hidden_states), 1)
             key, value = self._split(self.key_value_product(context), 2)
-        gathered = self._attend(query, key, value, attention_mask).transpose(1, 2).flatten(2)  # (B, N, D)
+        gathered = self._gather(query, key, value, attention_mask).transpose(1, 2).flatten(2)  # (B, N, D)
         probabilities = None
         if self._are_probabilities_asked_for(output_attentions):
             if residual is not None:  # of another dtype between int8 products
@@ -96,7 +96,7 @@ class PreparedAttention(Attention):
     def _split(self, x: torch.Tensor, parts: int) -> Sequence[torch.Tensor]:
         return x.view(*x.shape[:-1], parts, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
 
-    def _attend(
+    def _gather(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         if mask is not None:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from hf_vit.modeling_hf_vit import Block, gelu_tanh_
+from hf_vit.cpu_kernels import gelu_tanh_
+from hf_vit.modeling_hf_vit import Block
 
 from .onednn import PackedLinear, attend_in_one_kernel, attention_works, linear_works
 
