@@ -236,7 +236,7 @@ def loading(rounds: int, *, full: bool) -> Iterator[Cell]:
                     f"{folder}/transformers"
                 ),
             }
-            yield Cell("loading", f"{preset} from a local folder", on_one_thread(runs, rounds))
+            yield Cell("loading", f"{preset} from a local folder", in_turn(runs, 2 * rounds))
 
 
 def conversion(rounds: int, *, full: bool) -> Iterator[Cell]:

@@ -328,9 +328,9 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *
             wanted, kwargs["config"] = config.image_size, own
         elif not (asked or model_args or stored.get("quantization_config")) and Path(source).is_dir():
             others = {name: value for name, value in kwargs.items() if name not in _CONFIG_FIELDS}
-            model = load_mapped(cls, Path(source) / hub.get("subfolder", ""), own, others)
+            folder, inspect = Path(source) / hub.get("subfolder", ""), functools.partial(_refuse_non_finite, label)
+            model = load_mapped(cls, folder, own, others, inspect=inspect)
             if model is not None:
-                _refuse_non_finite(label, model)
                 if wanted is not None:
                     model.resize_position_embeddings(wanted)
                 return model
@@ -457,7 +457,7 @@ def _load_strictly(
         ]
         problems = two_lists("its tensors are not those of the model", missing, extra)
         raise CheckpointError(f"{label}: {problems}" + (listing("; mis-shaped", shapes, "!") if lost else ""))
-    _refuse_non_finite(label, model)
+    _refuse_non_finite(label, model.state_dict())
     unread = sorted(name for name in bare if bare[name].startswith(left_out))
     if unread:
         logger.warning(listing(f"{label}: not read", unread, "-"))
@@ -467,8 +467,8 @@ def _load_strictly(
     return model
 
 
-def _refuse_non_finite(label: str, model: HfViTPreTrainedModel) -> None:
-    bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and not is_finite(value)]
+def _refuse_non_finite(label: str, tensors: dict[str, torch.Tensor]) -> None:
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not is_finite(value)]
     if bad:
         raise CheckpointError(f"{label}: {listing('tensors with NaN or Inf', bad, '!')}")
 

@@ -4,6 +4,8 @@ transformers' own loading takes any device map, quantiser, dtype and adapter; wh
 is in one file, nothing of that is needed. Whatever else is asked for goes the long way.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,12 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 
 def load_mapped(
-    cls: type[HfViTPreTrainedModel], folder: Path, config: HfViTConfig, asked: dict[str, Any]
+    cls: type[HfViTPreTrainedModel],
+    folder: Path,
+    config: HfViTConfig,
+    asked: dict[str, Any],
+    *,
+    inspect: Callable[[dict[str, torch.Tensor]], None],
 ) -> HfViTPreTrainedModel | None:
     """Return the model of a folder of ours, on the CPU; None where it takes transformers' loading.
 
@@ -39,6 +46,7 @@ def load_mapped(
     Args:
         config: What the folder's `config.json` and the caller say.
         asked: The other keywords of `from_pretrained`.
+        inspect: Raises if a tensor is not finite; called where the sum of all of them, made beside, is not.
     """
     path = folder / "model.safetensors"
     dtype = _dtype(config, asked)
@@ -47,18 +55,36 @@ def load_mapped(
         return None
     if not path.is_file() or (folder / "adapter_config.json").is_file() or _elsewhere():
         return None
-    with safetensors.safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     attention = {name: others[name] for name in ("attn_implementation",) if others.get(name) is not None}
-    with initialization.no_init_weights(), torch.device("meta"):
-        model = cls._from_config(config, dtype=dtype, **attention)
-    expected = model.state_dict()
-    if expected.keys() != state.keys() or any(value.dtype != dtype for value in state.values()):
-        return None
-    if any(value.shape != state[name].shape for name, value in expected.items()):
-        return None
-    model.load_state_dict(state, assign=True)
+    with ThreadPoolExecutor(1) as beside:
+        is_finite = beside.submit(_has_finite_sum, path, dtype)
+        with safetensors.safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        with initialization.no_init_weights(), torch.device("meta"):
+            model = cls._from_config(config, dtype=dtype, **attention)
+        expected = dict(model.named_parameters())
+        if expected.keys() != state.keys() or any(value.dtype != dtype for value in state.values()):
+            return None
+        if any(value.shape != state[name].shape for name, value in expected.items()):
+            return None
+        modules = dict(model.named_modules())
+        for name, tensor in state.items():  # as `load_state_dict` would, in a fifth of its time
+            owner, _, own_name = name.rpartition(".")
+            setattr(modules[owner], own_name, torch.nn.Parameter(tensor))
+        if not is_finite.result():
+            inspect(state)
     return model.eval()
+
+
+def _has_finite_sum(path: Path, dtype: torch.dtype) -> bool:
+    """Whether all numbers of a safetensors file of one dtype, read in one go, have a finite sum."""
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # of the numbers, after the header
+    size = path.stat().st_size
+    if start % dtype.itemsize or (size - start) % dtype.itemsize:
+        return False
+    numbers = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[start:].view(dtype)
+    return bool(numbers.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite())
 
 
 def _dtype(config: HfViTConfig, asked: dict[str, Any]) -> torch.dtype | None:
