@@ -85,7 +85,7 @@ def forward_passes(model: HfViTForImageClassification, precision: str, batch: in
         peers["prepared"] = logits_of(prepare(model, dtype=torch.bfloat16, batch_size=batch))
         peers |= {name: in_bfloat16(other) for name, other in others.items()}
     else:
-        peers["prepared"] = logits_of(prepare(model, dtype=torch.int8, calibration=[calibration]))
+        peers["prepared"] = logits_of(prepare(model, dtype=torch.int8, batch_size=batch, calibration=[calibration]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         if {"onnxruntime", "openvino"} - set(missing()):

@@ -4,7 +4,8 @@ python benchmarks/run.py [--full true] [--sections inference training pictures l
 
 transformers and timm run in torch; onnxruntime and OpenVINO are measured where they are installed. Outputs are
 compared before anything is timed. Only ratios within a run mean anything: the machine may be busy, and every figure is
-a median over rounds in which each library ran once. The table, figures and a picture go to `benchmarks/results/`.
+a median over rounds in which each library ran once. The table, figures and a picture go to `benchmarks/results/`, the
+first two after every cell.
 """
 
 import datetime
@@ -53,23 +54,28 @@ def main(argv: list[str]) -> int:
     print(f"float32 products reach {report['gflops']} GFLOP/s on as many cores")
     if missing():
         print(f"not installed, so not measured: {', '.join(missing())} (pip install {' '.join(missing())})")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    length = "-full" if args.full else ""
+    stem = folder / f"{datetime.date.today()}-{report['machine']['processor'].replace(' ', '-')}{length}"
     for name in args.sections:
         for cell in SECTIONS[name](args.rounds, full=args.full):
             print(cell.line(), flush=True)
             report["cells"].append(cell)
-    table = goals_table(report["cells"])
-    print(table)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{datetime.date.today()}-{report['machine']['processor'].replace(' ', '-')}"
-    figures = {**report, "cells": [cell.as_dict() for cell in report["cells"]]}
-    stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    lines = [cell.line() for cell in report["cells"]]
-    text = "\n".join([json.dumps(report["machine"]), f"GFLOP/s: {report['gflops']}", "", *lines, "", table, ""])
-    stem.with_suffix(".txt").write_text(text, encoding="utf-8")
+            write(report, stem)  # a long run may be left
+    print(goals_table(report["cells"]))
     draw(report["cells"], stem.with_suffix(".png"))
     print(f"written: {stem}.json, .txt, .png")
     return 0
+
+
+def write(report: dict[str, Any], stem: Path) -> None:
+    """Write the figures so far as `stem`.json and, for reading, .txt."""
+    figures = {**report, "cells": [cell.as_dict() for cell in report["cells"]]}
+    stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    lines = [json.dumps(report["machine"]), f"GFLOP/s: {report['gflops']}", ""]
+    lines += [*(cell.line() for cell in report["cells"]), "", goals_table(report["cells"]), ""]
+    stem.with_suffix(".txt").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -163,6 +163,21 @@ def test_threads_do_not_share_what_lies_between_the_products(kernel, attention):
             assert_close(found, wanted)
 
 
+def test_a_large_batch_goes_through_the_mlp_in_parts(kernel, monkeypatch):
+    model = build()
+    fast, pixels = prepare(model), pixels_for(model, 7)
+    with torch.inference_mode():
+        whole = fast(pixels).logits
+        monkeypatch.setattr(blocks, "LARGEST_KEPT_BLOCK", 3 * 17 * 96 * 4)  # three pictures
+        taken = []
+        fast.vit.encoder.layer[0].ffn.fc1.register_forward_hook(
+            lambda module, args, output: taken.append(len(args[0]))
+        )
+        parts = fast(pixels).logits
+    assert taken == [3, 3, 1]
+    assert_close(parts, whole)
+
+
 def test_the_model_stays_as_it_was_and_the_copy_does_not_follow_it():
     model = build()
     before = {name: value.clone() for name, value in model.state_dict().items()}

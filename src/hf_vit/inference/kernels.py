@@ -23,7 +23,7 @@ Kernel = Callable[..., nn.Module]  # (weight, bias, rows) -> a module of (x, act
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # softmax(q k^T) v of (B, K, N, d)
 
 _TRIAL_RUNS = 4
-_LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; the largest that glibc keeps in its heap, 4 MiB * sizeof(long)
+LARGEST_KEPT_BLOCK = 32 * 2**20  # bytes; glibc keeps no larger one in its heap (4 MiB * sizeof(long))
 
 
 def keep_pages() -> None:
@@ -32,7 +32,7 @@ def keep_pages() -> None:
     glibc takes blocks as large as any that was freed before from its heap, and smaller ones afresh from the system,
     page by page: up to a sixth of a forward pass. So one block of that size, never touched, is taken and freed.
     """
-    torch.empty(_LARGEST_HEAP_BLOCK - 2**14, dtype=torch.uint8)
+    torch.empty(LARGEST_KEPT_BLOCK - 2**14, dtype=torch.uint8)
 
 
 class BlasLinear(nn.Module):
@@ -116,4 +116,13 @@ def quickest(run: Callable[[], Any]) -> float:
     return min(times[1:])
 
 
-__all__ = ["Attend", "BlasLinear", "Kernel", "attend_by_torch", "fastest_attention", "fastest_kernel", "keep_pages"]
+__all__ = [
+    "LARGEST_KEPT_BLOCK",
+    "Attend",
+    "BlasLinear",
+    "Kernel",
+    "attend_by_torch",
+    "fastest_attention",
+    "fastest_kernel",
+    "keep_pages",
+]
