@@ -64,7 +64,7 @@ class Cell:
 
 def inference(rounds: int, *, full: bool) -> Iterator[Cell]:
     cores = torch.get_num_threads()
-    presets = ["ViT-Ti_16", "ViT-S_16", "ViT-B_16", "R50-ViT-B_16"] if full else ["ViT-S_16"]
+    presets = ["ViT-Ti_16", "ViT-S_16", "ViT-B_16", "R50+ViT-B_16"] if full else ["ViT-S_16"]
     for preset in presets:
         model = random_model(preset)
         for threads in sorted({1, cores}) if full else [cores]:

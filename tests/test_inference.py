@@ -268,11 +268,11 @@ def test_a_build_without_the_operators_falls_back_and_says_so(monkeypatch, caplo
     for module in (kernels, preparation):
         monkeypatch.setattr(module, "linear_works", lambda dtype: False)
     monkeypatch.setattr(kernels, "attention_works", lambda dtype: False)
-    kernels.fastest_attention.cache_clear()
+    kernels._fastest_attention.cache_clear()
     model, pixels = build(), pixels_for(build())
     with caplog.at_level("WARNING"):
         fast = prepare(model)
-    kernels.fastest_attention.cache_clear()
+    kernels._fastest_attention.cache_clear()
     assert "no oneDNN linear operators" in caplog.text
     block = fast.vit.encoder.layer[0]
     assert isinstance(block.ffn.fc1, BlasLinear)
@@ -369,6 +369,20 @@ def test_attention_of_one_kernel_takes_any_layout_and_leaves_torchs_settings_alo
             attend_in_one_kernel(query, key, value), attend_by_products(query, key, value), atol=2e-6, rtol=1e-5
         )
     assert torch._C._jit_llga_enabled() == was_enabled
+
+
+def test_attention_of_one_kernel_is_built_anew_for_another_number_of_threads():
+    query, key, value = torch.randn(3, 2, 3, 5, 8)
+    threads, results, built = torch.get_num_threads(), [], []
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            results.append(attend_in_one_kernel(query, key, value))
+            built.append(onednn._attention_kernel.cache_info().misses)
+    finally:
+        torch.set_num_threads(threads)
+    assert built[0] < built[1] == built[2]
+    assert torch.equal(results[0], results[1])
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (1, 3, 37, 45), (1, 3, 8, 8)])

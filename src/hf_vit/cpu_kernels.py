@@ -24,10 +24,11 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        is_float32 = input.dtype == self.weight.dtype == torch.float32 and input.ndim > 1
-        if not is_float32 or torch.is_autocast_enabled("cpu") or not _are_plain(input, self.weight):
+        is_float32 = input.dtype == self.weight.dtype == torch.float32
+        has_rows = input.ndim > 1 and input.numel() > 0
+        if not (is_float32 and has_rows and _are_plain(input, self.weight) and onednn_multiplies_faster()):
             return super().forward(input)
-        if not onednn_multiplies_faster():
+        if torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         if torch.is_grad_enabled():
             return _LinearProduct.apply(input, self.weight, self.bias)
@@ -139,8 +140,9 @@ def gelu_tanh_(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tenso
 
 def _are_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are tensors of a CPU whose steps nobody records, traces or transforms."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+    if not all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors):
         return False
-    return all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+    is_transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return not (is_transformed or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())

@@ -93,9 +93,13 @@ def attend_by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return F.scaled_dot_product_attention(query, key, value, scale=1.0)
 
 
-@functools.cache
 def fastest_attention(dtype: torch.dtype, head_dim: int, shape: torch.Size) -> Attend:
     """Return the attention that is fastest on this machine for tokens of `shape` (B, N, D)."""
+    return _fastest_attention(dtype, head_dim, shape, torch.get_num_threads())
+
+
+@functools.cache
+def _fastest_attention(dtype: torch.dtype, head_dim: int, shape: torch.Size, num_threads: int) -> Attend:
     pictures, num_tokens, width = shape
     products = torch.randn(pictures, num_tokens, 3, width // head_dim, head_dim).to(dtype)
     query, key, value = products.permute(2, 0, 3, 1, 4).unbind()  # (B, K, N, d)

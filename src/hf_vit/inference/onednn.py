@@ -73,12 +73,14 @@ def attend_in_one_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Te
     """Return softmax(q k^T) v of (B, K, N, d), contiguous; the first call for a shape builds its kernel."""
     operands = (query, key, value)
     layouts = tuple((tuple(x.shape), x.stride()) for x in operands)
-    return _attention_kernel(query.dtype, layouts)(*operands)
+    return _attention_kernel(query.dtype, layouts, torch.get_num_threads())(*operands)
 
 
 @functools.lru_cache(maxsize=32)
-def _attention_kernel(dtype: torch.dtype, layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> Callable:
-    """A kernel is for one layout of its operands: the first run records it, the second builds."""
+def _attention_kernel(
+    dtype: torch.dtype, layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], num_threads: int
+) -> Callable:
+    """A kernel is for one layout and number of threads; the first run records the layout, the second builds."""
     kernel = torch._C._create_function_from_graph("attention", torch._C.parse_ir(_ATTENTION))
     operands = [torch.empty_strided(shape, stride, dtype=dtype).zero_() for shape, stride in layouts]
     with _attention_is_being_built, torch.no_grad():
