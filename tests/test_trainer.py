@@ -1,5 +1,6 @@
 """The trainer's own: signals, non-finite numbers, workers that die, one training per folder, losses and averages."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -261,6 +262,34 @@ def test_a_workers_death_after_the_training_failed_does_not_cover_its_error():
             pass
         assert signal.getsignal(signal.SIGCHLD) is raise_as_torch_does
     finally:
+        signal.signal(signal.SIGCHLD, previous)
+
+
+def test_the_death_of_an_earlier_trainings_worker_is_none_of_the_next_ones():
+    def raise_as_torch_does(number: int, frame: Any) -> None:
+        raise RuntimeError(f"DataLoader worker (pid {dying[-1].pid}) is killed by signal: Killed.")
+
+    previous = signal.signal(signal.SIGCHLD, raise_as_torch_does)
+    dying = []
+    try:
+        for _ in range(2):
+            dying.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True))
+            dying[-1].start()
+            with WorkerDeaths() as deaths:
+                for _ in range(2):
+                    with deaths.raised_here():
+                        signal.raise_signal(signal.SIGCHLD)
+                    signal.raise_signal(signal.SIGCHLD)
+        with WorkerDeaths() as deaths:
+            dying.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True))
+            dying[-1].start()
+            with pytest.raises(RuntimeError, match="is killed"), deaths.raised_here():
+                signal.raise_signal(signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in dying:
+            process.kill()
+            process.join()
         signal.signal(signal.SIGCHLD, previous)
 
 

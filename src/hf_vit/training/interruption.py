@@ -1,5 +1,6 @@
 """Being told to stop: signals that end training at a step's end, and loader workers that die or outlive them."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -85,8 +86,11 @@ class WorkerDeaths:
         self._raise_if_dead: Callable | None = None
         self._is_fetching = False
         self._is_pending = False
+        self._earlier: list[int] = []
 
     def __enter__(self) -> "WorkerDeaths":
+        # of a training that failed in this process, perhaps, and still dying; those that have died are reaped here
+        self._earlier = [process.pid for process in multiprocessing.active_children() if process.pid]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -99,9 +103,9 @@ class WorkerDeaths:
         self._stand_before_torch()
         self._is_fetching = True
         try:
-            if self._is_pending and self._raise_if_dead is not None:
+            if self._is_pending:
                 self._is_pending = False
-                self._raise_if_dead(signal.SIGCHLD, None)
+                self._raise_if_own(signal.SIGCHLD, None)
             yield
         finally:
             self._is_fetching = False
@@ -117,10 +121,19 @@ class WorkerDeaths:
             signal.signal(signal.SIGCHLD, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._is_fetching and self._raise_if_dead is not None:
-            self._raise_if_dead(number, frame)
+        if self._is_fetching:
+            self._raise_if_own(number, frame)
         else:
             self._is_pending = True
+
+    def _raise_if_own(self, number: int, frame: FrameType | None) -> None:
+        """Raises as torch does, but for the death of a worker that was there before this training."""
+        try:
+            if self._raise_if_dead is not None:
+                self._raise_if_dead(number, frame)
+        except RuntimeError as error:
+            if not any(f"(pid {pid})" in str(error) for pid in self._earlier):
+                raise
 
 
 def describe_worker_failure(error: BaseException, saved: str | None, *, timeout: float) -> str | None:
