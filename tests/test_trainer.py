@@ -64,7 +64,7 @@ SCRIPT = """
     import sys, time
     sys.path.insert(0, {tests!r})
     from test_resume import {make}
-    from hf_vit.training.interruption import TrainingInterrupted, WorkerDeaths
+    from hf_vit.training.interruption import TrainingInterrupted
 
     if __name__ == "__main__":
         trainer = {make}({folder!r}, max_steps=100_000, **{settings!r})

@@ -80,7 +80,7 @@ def attend_by_products(
 
     Without AMX instructions torch's fused kernel takes more than twice as long, forward and backward, for sequences
     whose scores fit in memory. They are computed again for the gradient, not kept. They are rounded to bfloat16, which
-    the fused kernel does not do; so it is taken where no gradient is wanted.
+    the fused kernel does not do; so that one is taken where no gradient is wanted.
 
     Args:
         query: (B, K, N, d); key, value: (B, K, M, d).

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
@@ -134,13 +135,13 @@ class PatchProduct(nn.Module):
     Args:
         weight: (D, C, ph, pw), of a convolution whose stride is its kernel.
         bias: (D).
-        pictures: How many come at once, about.
+        rows: How many patches come at once, about.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, pictures: int):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int):
         super().__init__()
         self.patch, self.dtype = weight.shape[2:], weight.dtype
-        self.linear = PackedLinear(weight.flatten(1), bias, pictures)
+        self.linear = PackedLinear(weight.flatten(1), bias, rows)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return (B, D, h, w) of pixels (B, C, H, W) of any dtype."""
@@ -167,10 +168,10 @@ class PreparedEmbeddings(Embeddings):
         self.pixel_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # gain and offset of a pixel, (C, 1, 1)
         self.product: Callable | None = None  # pictures as floats, and as bytes, to patches
         self.folded: Callable | None = None
-        self.pictures = pictures
+        self.rows = (pictures or 0) * math.prod(self.config.grid_size)
         weight = self.patch_embeddings.weight
         if pictures is not None and self.hybrid_model is None and linear_works(weight.dtype):
-            self.product = PatchProduct(weight, self._bias, pictures)
+            self.product = PatchProduct(weight, self._bias, self.rows)
         if image_processor is not None:
             self._fold(image_processor)
 
@@ -192,8 +193,8 @@ class PreparedEmbeddings(Embeddings):
         else:
             bias = self._bias + (conv.weight.double() * offset).sum(dim=(1, 2, 3))
             weight, bias = conv.weight * gain, bias.to(conv.weight.dtype)
-            if self.product is not None and self.pictures is not None:
-                self.folded = PatchProduct(weight, bias, self.pictures)
+            if self.product is not None:
+                self.folded = PatchProduct(weight, bias, self.rows)
             else:
                 self.folded = functools.partial(F.conv2d, weight=weight, bias=bias, stride=conv.stride)
 
