@@ -371,6 +371,15 @@ def test_attention_of_one_kernel_takes_any_layout_and_leaves_torchs_settings_alo
     assert torch._C._jit_llga_enabled() == was_enabled
 
 
+def test_attention_of_a_long_sequence_goes_by_parts_of_the_queries(monkeypatch):
+    monkeypatch.setattr(onednn, "_MOST_QUERIES", 16)
+    monkeypatch.setattr(onednn, "_QUERIES_OF_MANY", 7)  # the last part has three
+    query, key, value = torch.randn(3, 2, 17, 3, 8).transpose(2, 3)
+    torch.testing.assert_close(
+        attend_in_one_kernel(query, key, value), attend_by_products(query, key, value), atol=2e-6, rtol=1e-5
+    )
+
+
 def test_attention_of_one_kernel_is_built_anew_for_another_number_of_threads():
     query, key, value = torch.randn(3, 2, 3, 5, 8)
     threads, results, built = torch.get_num_threads(), [], []
