@@ -165,27 +165,49 @@ def _boxes(old: int, new: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels.long().clamp(max=old - 1), torch.where(pixels < start, begins, ends)
 
 
-def average_boxes(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+@lru_cache(maxsize=256)
+def _boxes_of_part(
+    old: int, new: int, first: int, count: int, channels: int
+) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+    """Returns `_boxes` for the numbers of `count` positions: where their pixels begin and end, and both by number."""
+    pixels, shares = (part[:, first : first + count] for part in _boxes(old, new))
+    begin, end = int(pixels.min()), int(pixels.max()) + 1
+    numbers = (pixels - begin)[..., None] * channels + torch.arange(channels)
+    return begin, end, numbers.flatten(1), shares.repeat_interleave(channels, dim=1)
+
+
+def average_boxes(
+    image: torch.Tensor, height: int, width: int, part: tuple[int, int, int, int] | None = None
+) -> torch.Tensor:
     """Resize as `tf.image.resize(method="area")` does: the mean over each output pixel's box, parts of pixels too.
 
     Args:
-        image: (C, H, W), any number type.
+        image: (C, H, W), any number type; only the pixels that are needed are read.
+        part: Top, left, height and width of what is wanted of the result; all of it by default.
     Returns:
-        (C, height, width) float32, in the units of `image`.
+        (C, height, width) float32, or that part of it, in the units of `image`.
     Source: TensorFlow 2.21, resize_area_op.cc, summed in its order; equal to the last bit on the recorded pictures.
     """
+    top, left, h, w = part or (0, 0, height, width)
+    channels, old_height, old_width = image.shape
+    first_row, last_row, rows, row_shares = _boxes_of_part(old_height, height, top, h, 1)
+    first_column, last_column, columns, column_shares = _boxes_of_part(old_width, width, left, w, channels)
+    needed = image[:, first_row:last_row, first_column:last_column].permute(1, 2, 0)  # as pictures are decoded
+    strip = needed.flatten(1).float()  # (rows needed, columns needed * C)
+    strip = _weighted_sum(strip, 1, columns, column_shares)  # (rows needed, w * C)
+    total = _weighted_sum(strip, 0, rows, row_shares[..., None])  # (h, w * C)
+    box = torch.tensor(old_height / height) * torch.tensor(old_width / width)
+    return total.mul_((1 / box).to(image.device)).unflatten(1, (w, channels)).permute(2, 0, 1)
 
-    def sums(table: torch.Tensor, new: int) -> torch.Tensor:
-        pixels, shares = (part.to(table.device) for part in _boxes(len(table), new))
-        total = torch.zeros((), device=table.device)
-        for rows, weights in zip(pixels, shares, strict=True):
-            total = total + table.index_select(0, rows) * weights[:, None, None]
-        return total
 
-    columns = sums(image.permute(2, 0, 1).contiguous(), width)  # (w, C, H)
-    rows = sums(columns.permute(2, 1, 0).contiguous(), height)  # (h, C, w)
-    box = torch.tensor(image.shape[1] / height) * torch.tensor(image.shape[2] / width)
-    return rows.permute(1, 0, 2) * (1 / box).to(image.device)
+def _weighted_sum(table: torch.Tensor, dim: int, places: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over k of the rows or columns `places[k]` of a table, times `shares[k]`, one after the other."""
+    total = None
+    for place, share in zip(places.to(table.device), shares.to(table.device), strict=True):
+        term = table.index_select(dim, place).mul_(share)
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total
 
 
 def resize_by_pillow(image: torch.Tensor, height: int, width: int, resample: PILImageResampling) -> torch.Tensor:
@@ -215,16 +237,29 @@ def _whole(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.clamp(0, 255).to(torch.uint8)
 
 
-def _crop_center(image: torch.Tensor, size: SizeDict, geometry: str) -> torch.Tensor:
-    """Returns the central part of (C, H, W); zeros around it where the picture is smaller, as stock processors do."""
+def _central(height: int, width: int, size: SizeDict, geometry: str) -> tuple[int, int, int, int]:
+    """Returns top, left, height and width of the crop of `size` in the middle of a picture that is no smaller."""
     if not (size.height and size.width):
         raise ValueError(f"crop_size is {dict(size)}: expected height and width")
-    lacking = [max(0, new - old) for new, old in zip((size.height, size.width), image.shape[1:], strict=True)]
+    offset = round if geometry == "torchvision" else floor
+    return offset((height - size.height) / 2), offset((width - size.width) / 2), size.height, size.width
+
+
+def _kept_part(height: int, width: int, fields: SimpleNamespace) -> tuple[int, int, int, int] | None:
+    """Returns what a crop keeps of a picture resized to height and width; None for all, or more, of it."""
+    size = fields.crop_size if fields.do_center_crop else None
+    if size is None or (size.height or 0) > height or (size.width or 0) > width:
+        return None
+    return _central(height, width, size, fields.geometry)
+
+
+def _crop_center(image: torch.Tensor, size: SizeDict, geometry: str) -> torch.Tensor:
+    """Returns the central part of (C, H, W); zeros around it where the picture is smaller, as stock processors do."""
+    lacking = [max(0, (new or 0) - old) for new, old in zip((size.height, size.width), image.shape[1:], strict=True)]
     if any(lacking):
         image = F.pad(image, (lacking[1] // 2, (lacking[1] + 1) // 2, lacking[0] // 2, (lacking[0] + 1) // 2))
-    offset = round if geometry == "torchvision" else floor
-    top, left = offset((image.shape[1] - size.height) / 2), offset((image.shape[2] - size.width) / 2)
-    return image[:, top : top + size.height, left : left + size.width]
+    top, left, h, w = _central(image.shape[1], image.shape[2], size, geometry)
+    return image[:, top : top + h, left : left + w]
 
 
 # --- pictures as they come ---
@@ -599,7 +634,7 @@ class _Protocols(BaseImageProcessor):
         elif resample == PILImageResampling.BILINEAR:
             resized = interpolate_bilinear(image, height, width)
         elif resample == PILImageResampling.BOX:
-            resized = average_boxes(image, height, width)
+            resized = average_boxes(image, height, width, _kept_part(height, width, fields))
         else:
             raise ValueError(f"resample is {resample.name} with antialias=False: expected BILINEAR or BOX")
         if not whole or resized.dtype == torch.uint8:
