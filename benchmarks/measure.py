@@ -54,17 +54,21 @@ def ratio(slower: Timing, faster: Timing) -> float:
     return statistics.median(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
 
 
-def of_process(code: str, *arguments: str) -> tuple[float, float]:
-    """Run a Python program by itself; return its CPU seconds and its peak memory in MB.
+class Finished(NamedTuple):
+    """A program that ran by itself: its CPU seconds, and the figures of its lines `name N`."""
 
-    The peak is the program's own line `peak N`, in kilobytes, if it prints one.
-    """
+    seconds: float
+    figures: dict[str, float]
+
+
+def of_process(code: str, *arguments: str) -> Finished:
+    """Run a Python program by itself."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    peaks = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, (peaks[-1] if peaks else float("nan")) / 1024
+    lines = (line.split() for line in done.stdout.splitlines())
+    return Finished(seconds, {line[0]: float(line[1]) for line in lines if len(line) == 2})
 
 
 def machine() -> dict[str, Any]:

@@ -162,7 +162,7 @@ for _ in range(2):
     train_step(model, optimizer, pixels, labels, {precision!r})
 print("peak", [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
-    return of_process(code)[1]
+    return of_process(code).figures["peak"] / 1024
 
 
 # -- pictures
@@ -258,7 +258,7 @@ before = high()
 hf_vit.checkpoints.convert_jax_checkpoint(sys.argv[1], sys.argv[2])
 print("peak", high() - before)
 """
-        memory = {"hf-vit": of_process(code, str(source), f"{folder}/again")[1]}
+        memory = {"hf-vit": of_process(code, str(source), f"{folder}/again").figures["peak"] / 1024}
         yield Cell("conversion", f"{preset} .npz to safetensors", times, memory=memory)
 
 
@@ -268,15 +268,23 @@ def converted(source: Path, folder: Path) -> None:
 
 
 def imports(rounds: int, *, full: bool) -> Iterator[Cell]:
-    """CPU time of a process that imports the package, and of one that imports what transformers' ViT needs."""
-    codes = {
-        "hf-vit": "import hf_vit",
-        "transformers": "from transformers import ViTForImageClassification, ViTImageProcessor",
-    }
-    times: dict[str, list[float]] = {name: [] for name in codes}
+    """CPU time of a process that imports the package, or what transformers' ViT needs, or one after the other.
+
+    Whole processes differ by a collection of garbage more or less (0.2 s), wherever it happens to fall.
+    """
+    stock = "from transformers import ViTForImageClassification, ViTImageProcessor"
+    after = f"""
+{stock}
+import time
+before = time.process_time()
+import hf_vit
+print("seconds", time.process_time() - before)
+"""
+    times: dict[str, list[float]] = {"hf-vit": [], "transformers": [], "hf-vit after transformers": []}
     for _ in range(rounds):
-        for name, code in codes.items():
-            times[name].append(of_process(code)[0])
+        times["hf-vit after transformers"].append(of_process(after).figures["seconds"])
+        times["hf-vit"].append(of_process("import hf_vit").seconds)
+        times["transformers"].append(of_process(stock).seconds)
     yield Cell("import", "a new process", {name: Timing(seconds) for name, seconds in times.items()})
 
 
