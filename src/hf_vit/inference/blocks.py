@@ -45,7 +45,7 @@ class PreparedAttention(Attention):
         out: The linear layer of the output.
         tokens: (B, N, D) as they will come.
         is_last: Of the last block, whose queries may be the class token alone: a product of their own.
-        value_gain: What the values are multiplied by, and with them what is gathered.
+        value_scale: What the values are multiplied by, and what is added to them, and so to what is gathered.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class PreparedAttention(Attention):
         tokens: torch.Tensor,
         *,
         is_last: bool,
-        value_gain: float = 1.0,
+        value_scale: tuple[float, float] = (1.0, 0.0),
     ):
         nn.Module.__init__(self)
         self.config, self.head_dim = attention.config, attention.head_dim
-        weights, biases = _projections(attention, value_gain)
+        weights, biases = _projections(attention, value_scale)
         self.product = None if is_last else product(torch.cat(weights), torch.cat(biases))
         if is_last:
             self.query_product = product(weights[0], biases[0])
@@ -105,13 +105,16 @@ class PreparedAttention(Attention):
         return attend(query, key, value)
 
 
-def _projections(attention: Attention, value_gain: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _projections(
+    attention: Attention, value_scale: tuple[float, float]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return the weights and the biases of queries (scaled by 1 / sqrt(d)), keys and values."""
     weights, biases = [], []
-    for linear, gain in ((attention.query, attention.scaling), (attention.key, 1.0), (attention.value, value_gain)):
+    scales = ((attention.query, (attention.scaling, 0.0)), (attention.key, (1.0, 0.0)), (attention.value, value_scale))
+    for linear, (gain, offset) in scales:
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         weights.append(linear.weight * gain)
-        biases.append(bias * gain)
+        biases.append(bias * gain + offset)
     return weights, biases
 
 

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,10 @@ from .onednn import PackedLinear, attend_in_one_kernel, attention_works, linear_
 logger = logging.get_logger(__name__)
 
 Kernel = Callable[..., nn.Module]  # (weight, bias, rows) -> a module of (x, activation=, residual=)
+Choice = TypeVar("Choice")
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # softmax(q k^T) v of (B, K, N, d)
 
-_TRIAL_RUNS = 4
+_TRIAL_RUNS = 6
 LARGEST_KEPT_BLOCK = 32 * 2**20  # bytes; glibc keeps no larger one in its heap (4 MiB * sizeof(long))
 
 
@@ -76,11 +77,8 @@ def fastest_kernel(block: Block, tokens: torch.Tensor) -> Kernel:
 def _fastest(shape: tuple[int, int], tokens: torch.Tensor, **after: Any) -> Kernel:
     x = torch.randn(*tokens.shape[:-1], shape[1], dtype=tokens.dtype)
     weight, bias = torch.randn(shape, dtype=x.dtype) / shape[1] ** 0.5, torch.randn(shape[0], dtype=x.dtype)
-    seconds: dict[Kernel, float] = {}
-    for kernel in (PackedLinear, BlasLinear):
-        linear = kernel(weight, bias, x[..., 0].numel())
-        seconds[kernel] = quickest(lambda linear=linear: linear(x, **after))
-    return min(seconds, key=seconds.__getitem__)
+    linears = {kernel: kernel(weight, bias, x[..., 0].numel()) for kernel in (PackedLinear, BlasLinear)}
+    return quickest({kernel: functools.partial(linear, x, **after) for kernel, linear in linears.items()})
 
 
 def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -106,18 +104,18 @@ def _fastest_attention(dtype: torch.dtype, head_dim: int, shape: torch.Size, num
     candidates: list[Attend] = [attend_by_torch, attend_by_products]
     if attention_works(dtype):
         candidates.append(attend_in_one_kernel)
-    seconds = {attend: quickest(lambda attend=attend: attend(query, key, value)) for attend in candidates}
-    return min(seconds, key=seconds.__getitem__)
+    return quickest({attend: functools.partial(attend, query, key, value) for attend in candidates})
 
 
-def quickest(run: Callable[[], Any]) -> float:
-    """Return the seconds of the quickest of a few runs, the first not counted."""
-    times = []
+def quickest(runs: dict[Choice, Callable[[], Any]]) -> Choice:
+    """Return the key of the run that takes least at its best; all in turn, so that what disturbs one disturbs all."""
+    seconds: dict[Choice, list[float]] = {key: [] for key in runs}
     for _ in range(1 + _TRIAL_RUNS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        for key, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[key].append(time.perf_counter() - start)
+    return min(runs, key=lambda key: min(seconds[key][1:]))  # the first is not counted
 
 
 __all__ = [

@@ -147,19 +147,22 @@ class Int8Attention(PreparedAttention):
         def product(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
             return Int8Linear(weight * divisor, bias, *context, rows=rows, dtype=tokens.dtype)
 
-        out = _Whole(Int8Linear(attention.out.weight, attention.out.bias, *gathered, rows=rows))
-        super().__init__(attention, product, out, tokens, is_last=is_last, value_gain=1 / gathered[0])
+        scale, zero_point = gathered
+        out = _Whole(Int8Linear(attention.out.weight, attention.out.bias, scale, zero_point, rows=rows))
+        # probabilities sum to one: what is added to every value is added to what is gathered
+        value_scale = (1 / scale, zero_point - _MIDDLE)
+        super().__init__(attention, product, out, tokens, is_last=is_last, value_scale=value_scale)
 
 
 class _Whole(nn.Module):
-    """Floats in steps of the next product, to it."""
+    """Floats in steps of the next product, 128 less, to it."""
 
     def __init__(self, product: Int8Linear):
         super().__init__()
         self.product = product
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.product(whole_(x.float().add_(self.product.zero_point - _MIDDLE)), residual=residual)
+        return self.product(whole_(x.float()), residual=residual)
 
 
 class Int8Mlp(nn.Module):
