@@ -223,6 +223,7 @@ def on_one_thread(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def loading(rounds: int, *, full: bool) -> Iterator[Cell]:
+    """A warm file to a model; and to one whose weights have all been read, as the first forward pass reads them."""
     for preset in ("ViT-B_16", "ViT-L_16"):
         with tempfile.TemporaryDirectory() as folder:
             model = random_model(preset)
@@ -237,6 +238,14 @@ def loading(rounds: int, *, full: bool) -> Iterator[Cell]:
                 ),
             }
             yield Cell("loading", f"{preset} from a local folder", in_turn(runs, 2 * rounds))
+            runs = {name: lambda run=run: read_weights(run()) for name, run in runs.items()}
+            yield Cell("loading", f"{preset}, every weight read once", in_turn(runs, 2 * rounds))
+
+
+def read_weights(model: torch.nn.Module) -> None:
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            parameter.sum()
 
 
 def conversion(rounds: int, *, full: bool) -> Iterator[Cell]:

@@ -1,5 +1,7 @@
 """The short way into a folder of ours: the same model as by transformers' loading, and nothing else than asked for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,6 +109,14 @@ def test_the_file_is_not_written_to_by_training(folder):
     after = load_file(folder / "model.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+def test_the_file_is_mapped_once(folder):
+    model = HfViTForImageClassification.from_pretrained(folder)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert sum(line.endswith(str(folder.resolve() / "model.safetensors")) for line in maps) == 1
+    assert model.classifier.weight.untyped_storage().nbytes() == 5 * 24 * 4  # each tensor has a storage of its own
 
 
 def test_a_model_outlives_its_file(folder):

@@ -203,7 +203,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if found not in choices:
                 expected = ", ".join(str(choice) for choice in choices if choice is not None) or "nothing"
                 raise ValueError(f"{name} is {found!r}: expected {expected}; change it or leave it out")
-        return super().from_dict(config_dict, **kwargs) if kwargs else cls(**config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write the fields as JSON; with the package installed, the file appears whole or not at all."""

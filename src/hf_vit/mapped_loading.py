@@ -4,12 +4,13 @@ transformers' own loading takes any device map, quantiser, dtype and adapter; wh
 is in one file, nothing of that is needed. Whatever else is asked for goes the long way.
 """
 
+import json
+import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from transformers import initialization
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -17,6 +18,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 
 from .configuration_hf_vit import HfViTConfig
 from .modeling_hf_vit import HfViTPreTrainedModel
+from .torch_files import DTYPES
 
 
 # what may be given besides fields of the configuration, and changes nothing where it is this
@@ -56,16 +58,18 @@ def load_mapped(
     if not path.is_file() or (folder / "adapter_config.json").is_file() or _elsewhere():
         return None
     attention = {name: others[name] for name in ("attn_implementation",) if others.get(name) is not None}
+    mapped = _mapped(path, dtype)
+    if mapped is None:
+        return None
+    numbers, state = mapped
     with ThreadPoolExecutor(1) as beside:
-        is_finite = beside.submit(_has_finite_sum, path, dtype)
-        with safetensors.safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        is_finite = beside.submit(_has_finite_sum, numbers)
         with initialization.no_init_weights(), torch.device("meta"):
             model = cls._from_config(config, dtype=dtype, **attention)
         expected = dict(model.named_parameters())
-        if expected.keys() != state.keys() or any(value.dtype != dtype for value in state.values()):
-            return None
-        if any(value.shape != state[name].shape for name, value in expected.items()):
+        if expected.keys() != state.keys() or any(
+            value.shape != state[name].shape for name, value in expected.items()
+        ):
             return None
         modules = dict(model.named_modules())
         for name, tensor in state.items():  # as `load_state_dict` would, in a fifth of its time
@@ -76,15 +80,30 @@ def load_mapped(
     return model.eval()
 
 
-def _has_finite_sum(path: Path, dtype: torch.dtype) -> bool:
-    """Whether all numbers of a safetensors file of one dtype, read in one go, have a finite sum."""
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")  # of the numbers, after the header
-    size = path.stat().st_size
-    if start % dtype.itemsize or (size - start) % dtype.itemsize:
-        return False
-    numbers = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[start:].view(dtype)
-    return bool(numbers.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite())
+def _mapped(path: Path, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
+    """Return all numbers of a sound safetensors file as one tensor, and its tensors by name.
+
+    All are views of one map of the file: filling a map takes as long as reading its numbers, and what the check has
+    read is there for the first forward pass. None where a tensor has another dtype than `dtype`.
+    """
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    if start % dtype.itemsize or any(DTYPES.get(entry["dtype"]) != dtype for entry in header.values()):
+        return None
+
+    def view(begin: int, end: int) -> torch.Tensor:
+        count = (end - begin) // dtype.itemsize
+        return torch.frombuffer(data, dtype=dtype, offset=start + begin, count=count)
+
+    state = {name: view(*entry["data_offsets"]).view(entry["shape"]) for name, entry in header.items()}
+    return view(0, len(data) - start), state
+
+
+def _has_finite_sum(numbers: torch.Tensor) -> bool:
+    return bool(numbers.sum(dtype=torch.promote_types(numbers.dtype, torch.float32)).isfinite())
 
 
 def _dtype(config: HfViTConfig, asked: dict[str, Any]) -> torch.dtype | None:

@@ -22,7 +22,7 @@ from .containers import CheckpointError
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _INDEX = ".index.json"
 _NAMES = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin", "pytorch_model.bin" + _INDEX)
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WRAPPERS = ("state_dict", "model")  # under which a training script may have saved the tensors
 _MAX_INDEX = 50_000_000  # bytes
 
@@ -66,7 +66,7 @@ class TensorFiles:
         """
         if name in self._sources:
             raise CheckpointError(f"{self.path}: {name} is in two files; expected each tensor once")
-        if dtype is None or dtype not in _DTYPES.values():
+        if dtype is None or dtype not in DTYPES.values():
             raise CheckpointError(f"{self.path}: {name} has dtype {kind}; expected floating point (16, 32 or 64 bits)")
         self._sources[name], self.shapes[name], self.dtypes[name] = source, tuple(shape), dtype
 
@@ -138,7 +138,7 @@ def _add_safetensors(tensors: TensorFiles, path: Path, stack: contextlib.ExitSta
         for name in file.keys():  # noqa: SIM118 (no mapping)
             header = file.get_slice(name)
             kind = header.get_dtype()
-            tensors.add(name, file, header.get_shape(), _DTYPES.get(kind), kind)
+            tensors.add(name, file, header.get_shape(), DTYPES.get(kind), kind)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is no readable safetensors file: {error}") from error
 
