@@ -29,7 +29,7 @@ from .hub_cache import verify_download, verify_snapshot
 from .jax_checkpoints import local_checkpoint, open_jax_checkpoint, write_jax_checkpoint
 from .labels import head_kind, id2label, problem_type
 from .layouts import own_shapes
-from .mapped_loading import load_mapped
+from .mapped_loading import load_mapped, map_ahead
 from .modeling_hf_vit import (
     HfViTBackbone,
     HfViTForImageClassification,
@@ -312,12 +312,15 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *
     asked = config is not None or any(name in kwargs for name in ("num_labels", "id2label"))
     asked = asked or kwargs.get("ignore_mismatched_sizes", False)
     left_out: tuple[str, ...] = ()
-    stored = _stored_config(source, hub)
+    mapped, stored = None, _stored_config(source, hub)
     if stored is not None:
         if asked and config is None and _has_other_classes(stored, kwargs):
             kwargs.setdefault("problem_type", None)  # it was said of the head that goes
         if stored.get("representation_size") is not None and kwargs.get("representation_size", 0) is None:
             asked, left_out = True, ("pre_logits.",)  # the head was for what this layer gives
+        if not (asked or model_args or stored.get("quantization_config")) and Path(source).is_dir():
+            others = {name: value for name, value in kwargs.items() if name not in _CONFIG_FIELDS}
+            mapped = map_ahead(Path(source) / hub.get("subfolder", ""), stored, others)
         own = _checked_config(
             source, stored, config, {name: kwargs[name] for name in kwargs if name in _CONFIG_FIELDS - {*_LABELS}}
         )
@@ -326,10 +329,8 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *
             _check_headers(cls, source, own, hub, allow_new_head=asked, left_out=left_out)
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
-        elif not (asked or model_args or stored.get("quantization_config")) and Path(source).is_dir():
-            others = {name: value for name, value in kwargs.items() if name not in _CONFIG_FIELDS}
-            folder, inspect = Path(source) / hub.get("subfolder", ""), functools.partial(_refuse_non_finite, label)
-            model = load_mapped(cls, folder, own, others, inspect=inspect)
+        elif mapped is not None:
+            model = load_mapped(cls, mapped, own, inspect=functools.partial(_refuse_non_finite, label))
             if model is not None:
                 if wanted is not None:
                     model.resize_position_embeddings(wanted)

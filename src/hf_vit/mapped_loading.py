@@ -6,8 +6,10 @@ is in one file, nothing of that is needed. Whatever else is asked for goes the l
 
 import json
 import mmap
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from .modeling_hf_vit import HfViTPreTrainedModel
 from .torch_files import DTYPES
 
 
+_LENGTH = 8  # bytes at the beginning of a safetensors file that say how long its header is
+
 # what may be given besides fields of the configuration, and changes nothing where it is this
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "attn_implementation": (None, "eager", "sdpa"),
@@ -33,84 +37,117 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def load_mapped(
-    cls: type[HfViTPreTrainedModel],
-    folder: Path,
-    config: HfViTConfig,
-    asked: dict[str, Any],
-    *,
-    inspect: Callable[[dict[str, torch.Tensor]], None],
-) -> HfViTPreTrainedModel | None:
-    """Return the model of a folder of ours, on the CPU; None where it takes transformers' loading.
+@dataclass(frozen=True)
+class MappedFolder:
+    """A folder of ours that the short way is open to, the file of its tensors mapped.
 
-    The tensors are the mapped file's: read when first used, copied when first written to.
+    Attributes:
+        data: The file: read when first used, copied when first written to.
+        dtype: Of the model to be.
+        attention: `attn_implementation`, where given.
+        has_finite_sum: Whether the sum of all numbers is finite. Made in a thread: reading them takes longer than all
+            the rest of loading. They are read where the model will read them, so that its first forward pass finds the
+            map filled, which takes as long as reading.
+    """
+
+    data: mmap.mmap
+    dtype: torch.dtype
+    attention: dict[str, str]
+    has_finite_sum: Future[bool]
+
+
+def map_ahead(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> MappedFolder | None:
+    """Begin to read the tensors of a folder of ours, for `load_mapped`; None where it takes transformers' loading.
 
     Args:
-        config: What the folder's `config.json` and the caller say.
-        asked: The other keywords of `from_pretrained`.
-        inspect: Raises if a tensor is not finite; called where the sum of all of them, made beside, is not.
+        stored: What `config.json` says.
+        asked: The keywords of `from_pretrained` that are no fields of the configuration.
     """
     path = folder / "model.safetensors"
-    dtype = _dtype(config, asked)
+    dtype = _dtype(stored, asked)
     others = {name: value for name, value in asked.items() if name not in ("dtype", "torch_dtype")}
     if dtype is None or any(value not in _DEFAULTS.get(name, ()) for name, value in others.items()):
         return None
     if not path.is_file() or (folder / "adapter_config.json").is_file() or _elsewhere():
         return None
     attention = {name: others[name] for name in ("attn_implementation",) if others.get(name) is not None}
-    mapped = _mapped(path, dtype)
-    if mapped is None:
-        return None
-    numbers, state = mapped
-    with ThreadPoolExecutor(1) as beside:
-        is_finite = beside.submit(_has_finite_sum, numbers)
-        with initialization.no_init_weights(), torch.device("meta"):
-            model = cls._from_config(config, dtype=dtype, **attention)
-        expected = dict(model.named_parameters())
-        if expected.keys() != state.keys() or any(
-            value.shape != state[name].shape for name, value in expected.items()
-        ):
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) <= _LENGTH:
             return None
-        modules = dict(model.named_modules())
-        for name, tensor in state.items():  # as `load_state_dict` would, in a fifth of its time
-            owner, _, own_name = name.rpartition(".")
-            setattr(modules[owner], own_name, torch.nn.Parameter(tensor))
-        if not is_finite.result():
-            inspect(state)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = _start(data)
+    if start % dtype.itemsize or (len(data) - start) % dtype.itemsize or start >= len(data):
+        return None
+    beside = ThreadPoolExecutor(1)
+    has_finite_sum = beside.submit(_has_finite_sum, torch.frombuffer(data, dtype=dtype, offset=start))
+    beside.shutdown(wait=False)
+    return MappedFolder(data, dtype, attention, has_finite_sum)
+
+
+def load_mapped(
+    cls: type[HfViTPreTrainedModel],
+    mapped: MappedFolder,
+    config: HfViTConfig,
+    *,
+    inspect: Callable[[dict[str, torch.Tensor]], None],
+) -> HfViTPreTrainedModel | None:
+    """Return the model, on the CPU, its parameters the mapped file's tensors; None where they are not the model's.
+
+    Args:
+        mapped: Of a file whose header is sound.
+        config: What the folder's `config.json` and the caller say.
+        inspect: Raises if a tensor is not finite; called where the sum of all of them is not.
+    """
+    state = _tensors(mapped.data, mapped.dtype)
+    if state is None:
+        return None
+    with initialization.no_init_weights(), torch.device("meta"):
+        model = cls._from_config(config, dtype=mapped.dtype, **mapped.attention)
+    expected = dict(model.named_parameters())
+    if expected.keys() != state.keys() or any(value.shape != state[name].shape for name, value in expected.items()):
+        return None
+    modules = dict(model.named_modules())
+    for name, tensor in state.items():  # as `load_state_dict` would, in a fifth of its time
+        owner, _, own_name = name.rpartition(".")
+        setattr(modules[owner], own_name, torch.nn.Parameter(tensor))
+    if not mapped.has_finite_sum.result():
+        inspect(state)
     return model.eval()
 
 
-def _mapped(path: Path, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
-    """Return all numbers of a sound safetensors file as one tensor, and its tensors by name.
+def _start(data: mmap.mmap) -> int:
+    """Where the numbers of a safetensors file begin, after its header."""
+    return _LENGTH + int.from_bytes(data[:_LENGTH], "little")
 
-    All are views of one map of the file: filling a map takes as long as reading its numbers, and what the check has
-    read is there for the first forward pass. None where a tensor has another dtype than `dtype`.
+
+def _tensors(data: mmap.mmap, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    """The tensors of a mapped safetensors file by name, each a view with a storage of its own; None if not of `dtype`.
+
+    The library of that name would map the file once more.
     """
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    start = _start(data)
+    header = json.loads(data[_LENGTH:start])
     header.pop("__metadata__", None)
-    if start % dtype.itemsize or any(DTYPES.get(entry["dtype"]) != dtype for entry in header.values()):
+    if any(DTYPES.get(entry["dtype"]) != dtype for entry in header.values()):
         return None
-
-    def view(begin: int, end: int) -> torch.Tensor:
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
         count = (end - begin) // dtype.itemsize
-        return torch.frombuffer(data, dtype=dtype, offset=start + begin, count=count)
-
-    state = {name: view(*entry["data_offsets"]).view(entry["shape"]) for name, entry in header.items()}
-    return view(0, len(data) - start), state
+        flat = torch.frombuffer(data, dtype=dtype, offset=start + begin, count=count)
+        tensors[name] = flat.view(entry["shape"])
+    return tensors
 
 
 def _has_finite_sum(numbers: torch.Tensor) -> bool:
     return bool(numbers.sum(dtype=torch.promote_types(numbers.dtype, torch.float32)).isfinite())
 
 
-def _dtype(config: HfViTConfig, asked: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that the model is to have, where the keywords and the configuration say one."""
-    wanted = [asked[name] for name in ("dtype", "torch_dtype") if asked.get(name) not in (None, "auto")]
-    found = (wanted or [config.dtype])[0]
-    found = getattr(torch, found, None) if isinstance(found, str) else found
+def _dtype(stored: dict[str, Any], asked: dict[str, Any]) -> torch.dtype | None:
+    """The one dtype that the keywords and `config.json` say of the model; None where they say none, or two."""
+    said = [fields.get(name) for fields in (stored, asked) for name in ("dtype", "torch_dtype")]
+    kinds = {str(value).removeprefix("torch.") for value in said if value not in (None, "auto")}
+    found = getattr(torch, kinds.pop(), None) if len(kinds) == 1 else None
     return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
@@ -119,4 +156,4 @@ def _elsewhere() -> bool:
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled() or torch.get_default_device().type != "cpu"
 
 
-__all__ = ["load_mapped"]
+__all__ = ["load_mapped", "map_ahead"]
