@@ -25,8 +25,9 @@ from hf_vit.cpu_kernels import gelu_tanh_
 from hf_vit.inference import blocks, kernels, onednn, preparation, prepare
 from hf_vit.inference.blocks import PreparedBlock
 from hf_vit.inference.kernels import BlasLinear, attend_by_products, attend_by_torch
-from hf_vit.inference.onednn import PackedLinear, attend_in_one_kernel
+from hf_vit.inference.onednn import PackedConvolution, PackedLinear, attend_in_one_kernel
 from hf_vit.inference.quantization import Int8Block
+from hf_vit.resnetv2 import StdConv2d
 
 
 TINY = {
@@ -101,6 +102,29 @@ def test_every_kernel_gives_the_plain_models_outputs(fields, kernel, attention):
 
 def assert_close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max().clamp(min=1)), rtol=0)
+
+
+@pytest.mark.parametrize(("pictures", "size"), [(2, 64), (1, 64), (3, 96), (1, 70)])
+def test_a_packed_stem_takes_any_picture(pictures, size):
+    model = build(**HYBRID)
+    fast = prepare(model, batch_size=2)
+    assert sum(isinstance(module, PackedConvolution) for module in fast.modules()) == 9
+    assert not any(isinstance(module, StdConv2d) for module in fast.modules())
+    assert any(isinstance(module, StdConv2d) for module in model.modules())
+    pixels = torch.randn(pictures, 3, size, size + 5)
+    with torch.inference_mode():
+        found, expected = (each(pixels, interpolate_pos_encoding=True).logits for each in (fast, model))
+    assert_close(found, expected)
+
+
+def test_without_the_operator_the_stem_stays_plain(monkeypatch, caplog):
+    monkeypatch.setattr(preparation, "convolution_works", lambda dtype: False)
+    model = build(**HYBRID)
+    with caplog.at_level("WARNING"):
+        fast, pixels = prepare(model), pixels_for(model)
+    assert "plain convolutions" in caplog.text
+    with torch.inference_mode():
+        assert_close(fast(pixels).logits, model(pixels).logits)
 
 
 @pytest.mark.parametrize("cls", [HfViTModel, HfViTBackbone, HfViTForMaskedImageModeling])

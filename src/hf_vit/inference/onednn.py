@@ -1,9 +1,10 @@
-"""oneDNN inside torch: linear layers, their weights packed once and what follows fused in; attention in one kernel.
+"""oneDNN inside torch: linear layers and convolutions, their weights packed once; attention in one kernel.
 
 These are the operators that torch's own compilers emit. They are no public promise of torch, so they are reached in
-this file alone: each is tried against plain torch before it is used (`linear_works`, `attention_works`, `int8_works`).
+this file alone: each is tried against plain torch before it is used (`linear_works`, ...).
 """
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+
+from hf_vit.resnetv2 import StdConv2d, pad_same
 
 
 # activation (transformers' name) -> the algorithm of oneDNN's "gelu"
@@ -52,6 +55,28 @@ class PackedLinear(_Packed):
         fused = ("gelu", [], GELU_ALGORITHMS[activation]) if activation in GELU_ALGORITHMS else ("none", [], "")
         y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *fused)
         return y if activation is None or activation in GELU_ALGORITHMS else ACT2FN[activation](y)
+
+
+class PackedConvolution(_Packed):
+    """A convolution of the stem, its kernel standardised for good and in the order in which oneDNN reads it.
+
+    Args:
+        conv: The plain one.
+        shape: (B, C, H, W) of the input, about; the order of the kernel depends on it.
+    """
+
+    def __init__(self, conv: StdConv2d, shape: torch.Size):
+        super().__init__()
+        self.kernel_size, self.stride = conv.kernel_size, conv.stride
+        padded = pad_same(torch.empty(shape, device="meta"), conv.kernel_size[0], conv.stride[0]).shape
+        weight = copy.deepcopy(conv).float().standardized_weight().detach().to(conv.weight.dtype, copy=True)
+        reorder = torch.ops.mkldnn._reorder_convolution_weight
+        self.packed = reorder(weight, [0, 0], [*conv.stride], [1, 1], 1, [*padded])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = pad_same(x, self.kernel_size[0], self.stride[0])
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x, self.packed, None, [0, 0], [*self.stride], [1, 1], 1, "none", [], "")
 
 
 # softmax(q k^T) v for torch's script interpreter, which gives the three steps to oneDNN as one kernel.
@@ -194,6 +219,23 @@ def linear_works(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
+def convolution_works(dtype: torch.dtype) -> bool:
+    """Whether `PackedConvolution` gives plain torch's numbers in this build, on this processor, in `dtype`."""
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    conv = StdConv2d(8, 16, 3, stride=2).requires_grad_(False)
+    conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
+    conv, x = conv.to(dtype), torch.randn(2, 8, 9, 9, generator=generator).to(dtype)
+    try:
+        found = PackedConvolution(conv, x.shape)(x)
+    except (AttributeError, RuntimeError):  # no such operator, or not for this processor
+        return False
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    return torch.allclose(found, conv(x), atol=tolerance, rtol=tolerance)
+
+
+@functools.cache
 def attention_works(dtype: torch.dtype) -> bool:
     """Whether `attend_in_one_kernel` gives plain torch's numbers in this build, on this processor, in `dtype`."""
     if dtype == torch.bfloat16 and not has_bfloat16():
@@ -242,9 +284,11 @@ def _trial(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 __all__ = [
     "GELU_ALGORITHMS",
     "Int8Linear",
+    "PackedConvolution",
     "PackedLinear",
     "attend_in_one_kernel",
     "attention_works",
+    "convolution_works",
     "has_bfloat16",
     "int8_works",
     "linear_works",

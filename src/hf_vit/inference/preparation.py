@@ -12,10 +12,18 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from hf_vit.modeling_hf_vit import Block, Embeddings, HfViTPreTrainedModel
+from hf_vit.resnetv2 import ResNetV2, StdConv2d
 
 from .blocks import PreparedBlock, blocks_of, encoder_of
 from .kernels import fastest_kernel, keep_pages
-from .onednn import PackedLinear, has_bfloat16, int8_works, linear_works
+from .onednn import (
+    PackedConvolution,
+    PackedLinear,
+    convolution_works,
+    has_bfloat16,
+    int8_works,
+    linear_works,
+)
 from .quantization import quantized_blocks
 
 
@@ -153,6 +161,24 @@ class PatchProduct(nn.Module):
         return self.linear(patches.flatten(3).flatten(1, 2)).transpose(1, 2).unflatten(2, (h, w))
 
 
+def _pack_stem(stem: ResNetV2, pixel_values: torch.Tensor) -> None:
+    """Pack the kernels of a stem for pictures (B, C, H, W) of that size, about; any size may come."""
+    if not convolution_works(pixel_values.dtype):
+        logger.warning("this build of torch has no oneDNN convolution operator: using plain convolutions")
+        return
+    shapes: dict[str, torch.Size] = {}
+    convolutions = {name: module for name, module in stem.named_modules() if isinstance(module, StdConv2d)}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
+        for name, module in convolutions.items()
+    ]
+    stem(pixel_values)
+    for hook in hooks:
+        hook.remove()
+    for name, module in convolutions.items():
+        stem.set_submodule(name, PackedConvolution(module, shapes[name]))
+
+
 class PreparedEmbeddings(Embeddings):
     """Embeddings that also take uint8 pixels, the image processor's scaling and normalisation folded into them.
 
@@ -172,8 +198,17 @@ class PreparedEmbeddings(Embeddings):
         weight = self.patch_embeddings.weight
         if pictures is not None and self.hybrid_model is None and linear_works(weight.dtype):
             self.product = PatchProduct(weight, self._bias, self.rows)
+        if pictures is not None and self.hybrid_model is not None:
+            _pack_stem(self.hybrid_model, self._trial_pictures(pictures))
         if image_processor is not None:
             self._fold(image_processor)
+
+    def _trial_pictures(self, pictures: int) -> torch.Tensor:
+        config = self.config
+        sides = zip(config.grid_size, config.patch_height_width, strict=True)
+        height, width = (patches * patch * config.stem_stride for patches, patch in sides)
+        dtype = self.patch_embeddings.weight.dtype
+        return torch.zeros(min(pictures, _MOST_TRIAL_PICTURES), config.num_channels, height, width, dtype=dtype)
 
     @property
     def _bias(self) -> torch.Tensor:
