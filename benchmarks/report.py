@@ -90,7 +90,12 @@ GOALS = (
         "%",
     ),
     Goal("JPEG to input, over transformers", _section("pictures"), _gain("hf-vit", "transformers"), 2.0),
-    Goal("from_pretrained, over transformers", _section("loading", "from a local folder"), _gain("hf-vit", *TORCH), 1 / 0.7),
+    Goal(
+        "from_pretrained, over transformers",
+        _section("loading", "from a local folder"),
+        _gain("hf-vit", *TORCH),
+        1 / 0.7,
+    ),
     Goal("conversion, over a copy", _section("conversion"), _gain("hf-vit", "copy of the file"), 1 / 2.5),
     Goal("conversion, memory", _section("conversion"), lambda cell: cell.memory["hf-vit"], 150, " MB"),
     Goal(
