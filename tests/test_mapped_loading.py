@@ -112,12 +112,17 @@ def test_the_file_is_not_written_to_by_training(folder):
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
-def test_the_file_is_mapped_once(folder):
-    model = HfViTForImageClassification.from_pretrained(folder)
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    assert sum(line.endswith(str(folder.resolve() / "model.safetensors")) for line in maps) == 1
-    assert model.classifier.weight.untyped_storage().nbytes() == 5 * 24 * 4  # each tensor has a storage of its own
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc")
+def test_what_the_check_has_read_is_there_for_the_model(tmp_path):
+    HfViTModel(HfViTConfig(**TINY | {"hidden_size": 256, "intermediate_size": 2048})).save_pretrained(tmp_path)
+    path = tmp_path.resolve() / "model.safetensors"
+    model = HfViTModel.from_pretrained(tmp_path)
+    maps = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1:]
+    resident = [int(lines.split("Rss:")[1].split()[0]) for lines in maps]  # kB
+    assert len(resident) == 1
+    assert resident[0] > 0.9 * path.stat().st_size / 1024 > 5000
+    weight = model.embeddings.position_embeddings
+    assert weight.untyped_storage().nbytes() == weight.nbytes  # each tensor has a storage of its own
 
 
 def test_a_model_outlives_its_file(folder):
