@@ -13,6 +13,7 @@ from hf_vit import (
     HfViTForMaskedImageModeling,
     HfViTModel,
     checkpoints,
+    mapped_loading,
 )
 from hf_vit.containers import CheckpointError
 
@@ -123,6 +124,15 @@ def test_what_the_check_has_read_is_there_for_the_model(tmp_path):
     assert resident[0] > 0.9 * path.stat().st_size / 1024 > 5000
     weight = model.embeddings.position_embeddings
     assert weight.untyped_storage().nbytes() == weight.nbytes  # each tensor has a storage of its own
+
+
+def test_a_file_that_cannot_be_mapped_goes_the_long_way(folder, ways, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no such device")
+
+    monkeypatch.setattr(mapped_loading.mmap, "mmap", refuse)
+    assert HfViTForImageClassification.from_pretrained(folder).num_labels == 5
+    assert ways == []
 
 
 def test_a_model_outlives_its_file(folder):

@@ -6,7 +6,6 @@ is in one file, nothing of that is needed. Whatever else is asked for goes the l
 
 import json
 import mmap
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,10 +70,13 @@ def map_ahead(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> Ma
     if not path.is_file() or (folder / "adapter_config.json").is_file() or _elsewhere():
         return None
     attention = {name: others[name] for name in ("attn_implementation",) if others.get(name) is not None}
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) <= _LENGTH:
-            return None
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if path.stat().st_size <= _LENGTH:
+        return None
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError:  # not to be read, or not to be mapped: whoever reads it next says so
+        return None
     start = _start(data)
     if start % dtype.itemsize or (len(data) - start) % dtype.itemsize or start >= len(data):
         return None
