@@ -94,7 +94,7 @@ def matrix_rate(threads: int) -> float:
     """Return the best GFLOP/s of float32 products of a ViT-B's shape, by the quicker of torch's two libraries."""
     import torch
 
-    from hf_vit.cpu_kernels import Linear
+    from hf_vit.training.cpu_kernels import Linear
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
-from hf_vit.export import export_onnx, export_timm, export_transformers
+from hf_vit.export.formats import export_onnx, export_timm, export_transformers
 from hf_vit.inference import prepare
 
 

@@ -18,8 +18,8 @@ from transformers import ViTForImageClassification, ViTImageProcessor
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints import convert_jax_checkpoint, write_jax_checkpoint
-from hf_vit.export import export_transformers
-from hf_vit.images import read_pixels
+from hf_vit.data.images import read_pixels
+from hf_vit.export.formats import export_transformers
 
 
 TOLERANCE = 1e-4  # of the largest logit, in float32

@@ -14,9 +14,9 @@ import verify_parity
 from accelerate.utils import convert_file_size_to_int
 from transformers import HfArgumentParser
 
-from hf_vit.catalogue import find, is_published
+from hf_vit.catalogue.entries import find, is_published
 from hf_vit.checkpoints import convert_jax_checkpoint
-from hf_vit.hub import push, write_model_card
+from hf_vit.hub.push import push, write_model_card
 
 
 @dataclass

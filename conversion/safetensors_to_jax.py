@@ -19,8 +19,8 @@ from transformers import HfArgumentParser
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
 from hf_vit.checkpoints import write_jax_checkpoint
-from hf_vit.layouts import DIALECTS
-from hf_vit.torch_files import find_weights, open_tensors
+from hf_vit.checkpoints.layouts import DIALECTS
+from hf_vit.files.torch_files import find_weights, open_tensors
 
 
 class SavedTensors(Mapping[str, torch.Tensor]):

@@ -24,10 +24,10 @@ from torch import nn
 
 from hf_vit import PRESETS, HfViTConfig, HfViTForImageClassification
 from hf_vit.explain import explain
-from hf_vit.images import read_image
-from hf_vit.labels import id2label
+from hf_vit.data.images import read_image
+from hf_vit.catalogue.labels import id2label
 from hf_vit.modeling_hf_vit import Block
-from hf_vit.processors import processor_of
+from hf_vit.checkpoints import processor_of
 from hf_vit.training.recipes import RECIPES
 
 

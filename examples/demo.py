@@ -20,11 +20,11 @@ from transformers import HfArgumentParser, pipeline, set_seed
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints import convert_jax_checkpoint
-from hf_vit.containers import open_arrays
-from hf_vit.training.augmentation import collate_images
+from hf_vit.data.augmentation import collate_images
+from hf_vit.evaluation.metrics import TopKAccuracy
+from hf_vit.files.npz import open_arrays
 from hf_vit.training.finetuning import FineTuning, card_settings, export, make_trainer, parse_arguments, prepare
 from hf_vit.training.interruption import TrainingInterrupted
-from hf_vit.training.metrics import TopKAccuracy
 from hf_vit.training.trainer import HfViTTrainer
 
 

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification
-from hf_vit.atomic import atomic_file
-from hf_vit.processors import processor_of
-from hf_vit.training.augmentation import AugmentedImages, collate_images
-from hf_vit.training.datasets import default_num_workers, load_splits
-from hf_vit.training.evaluation import predict
-from hf_vit.training.metrics import compute_metrics, confusion_matrix, per_class_accuracy
+from hf_vit.checkpoints import processor_of
+from hf_vit.data.augmentation import AugmentedImages, collate_images
+from hf_vit.data.datasets import default_num_workers, load_splits
+from hf_vit.evaluation.metrics import compute_metrics, confusion_matrix, per_class_accuracy
+from hf_vit.evaluation.prediction import predict
+from hf_vit.files.atomic import atomic_file
 
 
 MAX_ROWS = 40  # of the table of classes; of more, the worst are shown

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_vit import HfViTForImageClassification
-from hf_vit.atomic import atomic_folder
+from hf_vit.checkpoints import processor_of
+from hf_vit.data.images import ImageError, read_image
 from hf_vit.explain import patch_filters, position_similarity
 from hf_vit.explain.figures import (
     draw_distances,
@@ -26,8 +27,7 @@ from hf_vit.explain.figures import (
     save_figure,
 )
 from hf_vit.explain.page import AttentionPage
-from hf_vit.images import ImageError, read_image
-from hf_vit.processors import processor_of
+from hf_vit.files.atomic import atomic_folder
 
 
 WRITTEN = ("index.html", "figures")

@@ -12,8 +12,8 @@ from typing import Any, cast
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification, HfViTModel
-from hf_vit.export import export_onnx, export_program, export_timm, export_transformers
-from hf_vit.processors import processor_of
+from hf_vit.checkpoints import processor_of
+from hf_vit.export.formats import export_onnx, export_program, export_timm, export_transformers
 
 
 FORMATS = ("onnx", "transformers", "timm", "torch_export")

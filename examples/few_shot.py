@@ -17,8 +17,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTModel
-from hf_vit.atomic import atomic_file
-from hf_vit.probing import (
+from hf_vit.checkpoints import processor_of
+from hf_vit.data.augmentation import AugmentedImages, collate_images
+from hf_vit.data.datasets import default_num_workers, load_splits
+from hf_vit.evaluation.probing import (
     REFERENCE_L2,
     LeastSquaresProbe,
     extract_features,
@@ -26,9 +28,7 @@ from hf_vit.probing import (
     predict_linear,
     predict_nearest,
 )
-from hf_vit.processors import processor_of
-from hf_vit.training.augmentation import AugmentedImages, collate_images
-from hf_vit.training.datasets import default_num_workers, load_splits
+from hf_vit.files.atomic import atomic_file
 
 
 @dataclass

@@ -16,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from transformers import set_seed
 
+from hf_vit.data.augmentation import AugmentedStream
+from hf_vit.evaluation.prediction import evaluate
 from hf_vit.training.arguments import HfViTTrainingArguments
 from hf_vit.training.assembly import build_optimizer, build_scheduler, evaluation_loader, steps_of, training_loader
-from hf_vit.training.augmentation import AugmentedStream
-from hf_vit.training.evaluation import evaluate
 from hf_vit.training.finetuning import FineTuning, finish, parse_arguments, prepare, wants_recipes
 from hf_vit.training.interruption import TrainingInterrupted
 from hf_vit.training.loop import TrainingRun

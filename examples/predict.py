@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from hf_vit import HfViTForImageClassification
-from hf_vit.atomic import atomic_file
+from hf_vit.checkpoints import processor_of
+from hf_vit.data.images import ImageError, read_image
 from hf_vit.explain import label_of, log_probabilities
-from hf_vit.images import ImageError, read_image
+from hf_vit.files.atomic import atomic_file
 from hf_vit.inference import prepare
-from hf_vit.processors import processor_of
 
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # looked for in folders

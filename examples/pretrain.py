@@ -15,7 +15,7 @@ from typing import Any, cast
 from transformers import HfArgumentParser, set_seed
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTForMaskedImageModeling, HfViTImageProcessor
-from hf_vit.training.augmentation import MaskingCollator
+from hf_vit.data.augmentation import MaskingCollator
 from hf_vit.training.finetuning import (
     FineTuning,
     card_settings,

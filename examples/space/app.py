@@ -17,11 +17,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from hf_vit import HfViTForImageClassification
+from hf_vit.checkpoints import processor_of
+from hf_vit.data.images import ImageError, read_image
 from hf_vit.explain import label_of, log_probabilities
 from hf_vit.explain.figures import picture_of
 from hf_vit.explain.page import AttentionPage
-from hf_vit.images import ImageError, read_image
-from hf_vit.processors import processor_of
 
 
 DIGITS = Path(__file__).parents[1] / "checkpoints" / "vit-mnist.npz"

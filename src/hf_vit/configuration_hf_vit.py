@@ -207,7 +207,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write the fields as JSON; with the package installed, the file appears whole or not at all."""
-        atomic = installed_module("atomic")
+        atomic = installed_module("files.atomic")
         if atomic is None:
             return super().to_json_file(json_file_path, use_diff)
         with atomic.atomic_file(json_file_path) as temporary:
@@ -316,7 +316,7 @@ def installed_module(name: str) -> Any:
     try:
         return importlib.import_module(f"hf_vit.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("hf_vit", f"hf_vit.{name}"):
+        if not f"hf_vit.{name}".startswith(error.name or "-"):
             raise
         return None
 

@@ -423,7 +423,7 @@ def _from_timm(pretrained: dict[str, Any]) -> dict[str, Any]:
 def _of_original_checkpoint(source: str | PathLike, **where) -> dict[str, Any] | None:
     """Returns the fields for an `.npz` file and its like; None for a folder or a Hub id, or without the package."""
     try:
-        processors = import_module("hf_vit.processors")
+        processors = import_module("hf_vit.checkpoints.processors")
     except ModuleNotFoundError:
         return None
     return processors.fields_of_checkpoint(fspath(source), **where)
@@ -529,7 +529,7 @@ class _Protocols(BaseImageProcessor):
 
     def to_json_file(self, json_file_path: str | PathLike) -> None:
         """Write the fields as JSON; with the package installed, the file appears whole or not at all."""
-        atomic = installed_module("atomic")
+        atomic = installed_module("files.atomic")
         if atomic is None:
             return super().to_json_file(json_file_path)
         with atomic.atomic_file(json_file_path) as temporary:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN, GELUTanh
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,16 +33,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hf_vit import HfViTConfig, installed_module
-from .cpu_kernels import Linear, attend_by_products, gelu_tanh_
 from .position_embeddings import resample_position_embeddings, sincos2d_position_embeddings
 from .resnetv2 import ResNetV2
 
 
 logger = logging.get_logger(__name__)
-
-# Tokens that the last block works for where the first alone is read: products of fewer rows than a dozen are rounded
-# otherwise by one thread than by two (measured with MKL).
-FEW_TOKENS = 16
 
 
 class Embeddings(nn.Module):
@@ -150,10 +145,10 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        self.query = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.key = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.value = Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.out = Linear(config.hidden_size, config.hidden_size)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -171,26 +166,19 @@ class Attention(nn.Module):
         context = hidden_states if context is None else context
         query = self._split_heads(self.query(hidden_states))  # (B, K, N, d)
         key, value = self._split_heads(self.key(context)), self._split_heads(self.value(context))
-        gathered, probabilities = self._attend(query, key, value, attention_mask, **kwargs)  # (B, N, K, d)
-        if probabilities is None and self._are_probabilities_asked_for(output_attentions):
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        gathered, probabilities = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )  # (B, N, K, d)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if probabilities is None and output_attentions:
             probabilities = attention_probabilities(query, key, attention_mask, self.scaling)
         gathered = gathered.reshape(*hidden_states.shape[:-1], -1)  # (B, N, D)
         return self.dropout(self.out(gathered)), probabilities
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        backend = self.config._attn_implementation
-        dropout = self.attention_dropout if self.training else 0.0
-        if backend == "sdpa" and attention_mask is None and dropout == 0:
-            gathered = attend_by_products(query, key, value, self.scaling)
-            if gathered is not None:
-                return gathered.transpose(1, 2), None
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-
-    def _are_probabilities_asked_for(self, output_attentions: bool | None) -> bool:
-        return bool(self.config.output_attentions if output_attentions is None else output_attentions)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, K, N, d), K of this rank
@@ -234,23 +222,14 @@ class Mlp(nn.Module):
 
     def __init__(self, config: HfViTConfig):
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc1(x)  # (B, N, intermediate_size)
-        x = gelu_tanh_(x) if self._may_overwrite(x) else self.activation(x)
-        return self.dropout(self.fc2(self.dropout(x)))
-
-    def _may_overwrite(self, x: torch.Tensor) -> bool:
-        """Whether `gelu_tanh_` can stand for the activation: nobody else sees `x`, and nothing records the steps."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        is_plain = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-        is_alone = type(self.fc1) is Linear and type(self.activation) is GELUTanh and not _has_hooks(self)
-        return is_plain and is_alone
+        x = self.activation(self.fc1(x))  # (B, N, intermediate_size)
+        return self.dropout(self.fc2(self.dropout(x)))  # (B, N, D)
 
 
 class DropPath(nn.Module):
@@ -283,21 +262,9 @@ class Block(GradientCheckpointingLayer):
         self.ffn = Mlp(config)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        class_token_only: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Return all tokens (B, N, D), or the class token and a few more, which still look at all of them."""
-        context = self.attention_norm(x)
-        queries = context
-        if class_token_only:
-            x, queries = x[:, :FEW_TOKENS], context[:, :FEW_TOKENS]
-        attended, _ = self.attn(queries, attention_mask, context=context, **kwargs)
-        x = x + self.drop_path(attended)
-        return x + self.drop_path(self.ffn(self.ffn_norm(x)))
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.attention_norm(x), attention_mask, **kwargs)[0])
+        return x + self.drop_path(self.ffn(self.ffn_norm(x)))  # (B, N, D)
 
 
 class Encoder(nn.Module):
@@ -310,26 +277,10 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Block(config, drop_path_rate=rate) for rate in rates)
         self.encoder_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        class_token_only: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Return the tokens after the last norm, (B, N, D), or the class token and a few more.
-
-        A hook on the last block, or in it, sees all tokens.
-        """
-        last = len(self.layer) - 1
-        for i, block in enumerate(self.layer):
-            alone = class_token_only and i == last and not _has_hooks(block)
-            x = block(x, attention_mask, class_token_only=alone, **kwargs)
-        return self.encoder_norm(x)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        for block in self.layer:
+            x = block(x, attention_mask, **kwargs)
+        return self.encoder_norm(x)  # (B, N, D)
 
 
 class AttentionPooling(nn.Module):
@@ -432,7 +383,7 @@ class HfViTPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if a tensor is missing, left over, mis-shaped or not finite.
         """
-        checkpoints = installed_module("checkpoints")
+        checkpoints = installed_module("checkpoints.loading")
         if checkpoints is not None:
             return checkpoints.load_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         if re.search(r"\.(npz|bin|pth|pt)$|^(gs|https?)://", str(pretrained_model_name_or_path)):
@@ -446,7 +397,7 @@ class HfViTPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """Save as transformers does; with the package installed, the folder is replaced whole or left as it was."""
-        saving, write = installed_module("saving"), super().save_pretrained
+        saving, write = installed_module("checkpoints.saving"), super().save_pretrained
         is_shared = kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process)
         if saving is None or is_shared:
             return write(save_directory, is_main_process=is_main_process, **kwargs)
@@ -460,7 +411,7 @@ class HfViTPreTrainedModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any):
         """Push with image processor, code and card in one commit; without the package, as transformers does."""
-        hub = installed_module("hub")
+        hub = installed_module("hub.push")
         return super().push_to_hub(repo_id, **kwargs) if hub is None else hub.push(self, repo_id, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -516,8 +467,7 @@ class HfViTModel(HfViTPreTrainedModel):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        attention_mask: Any = None,
-        pooled_only: bool = False,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode pictures.
@@ -527,9 +477,6 @@ class HfViTModel(HfViTPreTrainedModel):
             bool_masked_pos: (B, h*w), true where the mask token stands for a patch.
             interpolate_pos_encoding: Resample the positions if the pictures have another grid than the table.
             attention_mask: (B, N), zero for tokens that nobody looks at.
-            pooled_only: The caller reads `pooler_output` alone. The last block then works for the class token and a
-                few more (`last_hidden_state` is (B, 16, D)) where that changes nothing else: `pooling="token"`, no
-                mask, no hidden states or attentions asked for, no hook in it. It saves most of 1/L of the work.
 
         Returns:
             `last_hidden_state` (B, N, D) after the last norm, `pooler_output` (B, R or D; (B, N, R or D) with
@@ -541,12 +488,7 @@ class HfViTModel(HfViTPreTrainedModel):
         x = self.embeddings(pixel_values, bool_masked_pos, bool(interpolate_pos_encoding))
         if attention_mask is not None:
             attention_mask = create_bidirectional_mask(self.config, inputs_embeds=x, attention_mask=attention_mask)
-        recorded = [
-            kwargs.get(key, getattr(self.config, key, None)) for key in ("output_hidden_states", "output_attentions")
-        ]
-        pooled_only = pooled_only and self.config.pooling == "token" and attention_mask is None
-        pooled_only = pooled_only and all(wanted is None or wanted is False for wanted in recorded)
-        x = self.encoder(x, attention_mask, class_token_only=pooled_only, **kwargs)
+        x = self.encoder(x, attention_mask, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=self._pool(x))
 
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
@@ -601,7 +543,6 @@ class HfViTForImageClassification(HfViTPreTrainedModel):
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
-            pooled_only=True,
             **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)

@@ -4,7 +4,7 @@ import re
 import pytest
 import timm
 
-from hf_vit.catalogue import AugRegName, CatalogueEntry, find, is_published, read_catalogue, to_https
+from hf_vit.catalogue.entries import AugRegName, CatalogueEntry, find, is_published, read_catalogue, to_https
 
 
 R_TI_16 = "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.npz"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from file_server import serve, strong_etag
 
-from hf_vit.catalogue import CatalogueEntry, Mirror
-from hf_vit.download import CheckedRedirects, DownloadError, default_cache_dir, fetch
+from hf_vit.catalogue.download import CheckedRedirects, DownloadError, default_cache_dir, fetch
+from hf_vit.catalogue.entries import CatalogueEntry, Mirror
 
 
 def npz_bytes(kilobytes: int = 64, seed: int = 0) -> bytes:

@@ -4,8 +4,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
-from hf_vit.catalogue import find
-from hf_vit.labels import head_kind, id2label, problem_type, wordnet_ids
+from hf_vit.catalogue.entries import find
+from hf_vit.catalogue.labels import head_kind, id2label, problem_type, wordnet_ids
 
 
 def test_names_of_imagenet_1k_are_in_the_order_of_the_heads():

@@ -18,16 +18,17 @@ from golden_cases import OWN_GOLDENS, import_command, read_cases
 from safetensors.torch import load_file, save_file
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor, HfViTModel
-from hf_vit.catalogue import is_published, read_catalogue
-from hf_vit.containers import CheckpointError, write_npz
-from hf_vit.layouts import JaxLayout, Rule, group_by_theirs
+from hf_vit.catalogue.entries import is_published, read_catalogue
+from hf_vit.checkpoints.layouts import JaxLayout, Rule, group_by_theirs
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.npz import write_npz
 
 
 jax_to_safetensors = import_command("jax_to_safetensors")
 safetensors_to_jax = import_command("safetensors_to_jax")
 verify_parity = import_command("verify_parity")
 
-CONVERSION = Path(__file__).parents[1] / "conversion"
+CONVERSION = Path(__file__).parents[2] / "conversion"
 CASES = read_cases(OWN_GOLDENS)
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 TINY |= {"image_size": 32, "patch_size": 16}
@@ -371,7 +372,9 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch, script)
 
     if script == "jax_to_safetensors":
         target = tmp_path / "out"
-        monkeypatch.setattr("hf_vit.processors.HfViTImageProcessor.save_pretrained", interrupt)  # weights are written
+        monkeypatch.setattr(
+            "hf_vit.checkpoints.processors.HfViTImageProcessor.save_pretrained", interrupt
+        )  # weights are written
     else:
         target = tmp_path / "out" / "back.npz"
         monkeypatch.setattr("zipfile._ZipWriteFile.write", interrupt)
@@ -411,7 +414,7 @@ def test_from_pretrained_keeps_downloads_where_it_is_told(tmp_path, online):
 
 def test_a_name_of_the_catalogue_is_fetched(tmp_path, monkeypatch, online):
     with serve(TOKEN.read_bytes()) as server:
-        monkeypatch.setattr("hf_vit.catalogue.GOOGLE_STORAGE", server.url.removesuffix("model.npz"))
+        monkeypatch.setattr("hf_vit.catalogue.entries.GOOGLE_STORAGE", server.url.removesuffix("model.npz"))
         name = ADDRESS_OF_AUGREG.rpartition("/")[2].removesuffix(".npz")
         assert convert(name, tmp_path / "model")["source"] == ADDRESS_OF_AUGREG
         HfViTModel.from_pretrained(ADDRESS_OF_AUGREG)
@@ -423,7 +426,7 @@ def test_a_name_of_the_catalogue_is_fetched(tmp_path, monkeypatch, online):
 
 def test_a_refused_file_is_an_error_with_advice(tmp_path, monkeypatch, online):
     with serve(b"", faults=["403"] * 20) as server:
-        monkeypatch.setattr("hf_vit.catalogue.GOOGLE_STORAGE", server.url.removesuffix("model.npz"))
+        monkeypatch.setattr("hf_vit.catalogue.entries.GOOGLE_STORAGE", server.url.removesuffix("model.npz"))
         with pytest.raises(OSError, match=r"403.*google/vit-base-patch16-224-in21k"):
             convert("ViT-B_16", tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -472,7 +475,7 @@ def test_a_head_of_zeros_is_said(tmp_path, caplog):
 
 MEASURE = """
 import sys
-import torch, hf_vit, hf_vit.checkpoints
+import torch, hf_vit, hf_vit.checkpoints.loading
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 before = peak()

@@ -4,14 +4,14 @@ import textwrap
 
 import pytest
 from measuring import depth, run_alone
-from test_resume import make_trainer
+from training_runs import make_trainer
 
 
 # Imported and forked many times: a fork of a process that has imported everything starts at once.
 DRIVER = """
 import hashlib, logging, os, random, shutil, signal, torch
 from forking import die_at_operation, in_child, status_of, unshare_progress_bars, was_killed
-from test_resume import make_trainer
+from training_runs import make_trainer
 from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint
 
 logging.disable(logging.CRITICAL)

@@ -29,10 +29,10 @@ from hf_vit import (
     HfViTModel,
 )
 from hf_vit.checkpoints import write_jax_checkpoint
-from hf_vit.containers import CheckpointError
-from hf_vit.export import export_timm, export_transformers
-from hf_vit.layouts import torch_rules
-from hf_vit.torch_checkpoints import _TIMM_ARCHITECTURES, TIMM_ACTIVATIONS, TIMM_POOLINGS, _timm_fields
+from hf_vit.checkpoints.from_torch import _TIMM_ARCHITECTURES, TIMM_ACTIVATIONS, TIMM_POOLINGS, _timm_fields
+from hf_vit.checkpoints.layouts import torch_rules
+from hf_vit.export.formats import export_timm, export_transformers
+from hf_vit.files.errors import CheckpointError
 
 
 STOCK: dict[str, Any] = {

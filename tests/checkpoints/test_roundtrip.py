@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTModel
 from hf_vit.checkpoints import convert_jax_checkpoint, write_jax_checkpoint
-from hf_vit.containers import write_npz
-from hf_vit.layouts import OLD_BIG_VISION_POSITIONS, JaxLayout, group_by_theirs
+from hf_vit.checkpoints.layouts import OLD_BIG_VISION_POSITIONS, JaxLayout, group_by_theirs
+from hf_vit.files.npz import write_npz
 
 
 safetensors_to_jax = import_command("safetensors_to_jax")

@@ -11,9 +11,9 @@ from measuring import depth, run_alone
 from safetensors.torch import load_file
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.atomic import atomic_folder
 from hf_vit.checkpoints import convert_jax_checkpoint, write_jax_checkpoint
-from hf_vit.export import export_timm, export_transformers
+from hf_vit.export.formats import export_timm, export_transformers
+from hf_vit.files.atomic import atomic_folder
 
 
 # Two models, told apart by their depth and by every number of their weights and of their configuration.
@@ -258,7 +258,7 @@ def test_shards_of_the_old_model_go_and_what_is_not_the_models_stays(model, tmp_
 def test_the_current_folder_is_filled_file_by_file_and_it_is_said(model, tmp_path, monkeypatch, caplog):
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_vit.saving.logger.warning", lambda message: said.append(message))
+    monkeypatch.setattr("hf_vit.checkpoints.saving.logger.warning", lambda message: said.append(message))
     said: list[str] = []
     model.save_pretrained(".")
     assert "holds the current folder: its files are replaced one by one" in said[0]

@@ -4,37 +4,18 @@ import json
 import struct
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from tiny_models import HOSTILE, TINY, randomised
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTModel
 from hf_vit.checkpoints import write_jax_checkpoint
-from hf_vit.containers import CheckpointError
-
-
-TINY: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": 5,
-}
-
-
-def randomised(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
+from hf_vit.files.errors import CheckpointError
 
 
 @pytest.fixture(params=["own", "transformers", "shards"])
@@ -170,35 +151,6 @@ def test_an_index_that_is_none_raises_the_one_error(tmp_path, text):
 # -- configurations
 
 
-HOSTILE = [
-    {"num_hidden_layers": 1_000_000},
-    {"num_hidden_layers": -1},
-    {"num_hidden_layers": 10**30},
-    {"num_hidden_layers": "12"},
-    {"num_hidden_layers": None},
-    {"layer_norm_eps": -1.0},
-    {"layer_norm_eps": float("nan")},
-    {"num_attention_heads": 5},
-    {"num_attention_heads": 0},
-    {"patch_size": 0},
-    {"patch_size": [8, 8, 8]},
-    {"patch_size": {}},
-    {"image_size": [0, 32]},
-    {"image_size": 10**9},
-    {"hidden_size": 10**9},
-    {"hidden_size": 24.0},
-    {"hidden_size": [24]},
-    {"intermediate_size": 10**12},
-    {"hidden_act": "no such function"},
-    {"hidden_act": ["gelu"]},
-    {"hidden_dropout_prob": 2.0},
-    {"num_channels": -3},
-    {"qkv_bias": "yes"},
-    {"id2label": 5},
-    {"problem_type": {"dtype": float("nan")}},
-    {"dtype": "int8"},
-    {"dtype": "float8_e4m3fn"},
-]
 HOSTILE_TIMM = [
     {"depth": 1_000_000},
     {"depth": "2"},
@@ -296,7 +248,7 @@ def test_pictures_that_are_not_those_of_the_positions_are_refused(tmp_path):
 MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
-import hf_vit.checkpoints
+import hf_vit.checkpoints.loading
 from hf_vit import HfViTForImageClassification
 
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])

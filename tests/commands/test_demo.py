@@ -13,7 +13,7 @@ import pytest
 from hf_vit import HfViTForImageClassification
 
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Evaluation and few-shot probing from the command line, on one process and on two."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,26 +10,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from example_scripts import load_example
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.processors import processor_of
-from hf_vit.training.augmentation import AugmentedImages
-from hf_vit.training.datasets import load_splits
+from hf_vit.checkpoints.processors import processor_of
+from hf_vit.data.augmentation import AugmentedImages
+from hf_vit.data.datasets import load_splits
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["blue", "green", "red"]
 COUNTS = [7, 5, 9]  # 21 pictures: two ranks with batches of 4 must pad
-
-
-def load_example(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def save_model(folder: Path, names=NAMES, **fields) -> HfViTForImageClassification:

@@ -13,10 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.processors import at_size, processor_of
+from hf_vit.checkpoints.processors import at_size, processor_of
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MNIST = ROOT / "examples" / "checkpoints" / "vit-mnist.npz"
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTForMaskedImageModeling
-from hf_vit.training.augmentation import MaskingCollator
+from hf_vit.data.augmentation import MaskingCollator
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 FLAGS = [
     "--dataset=digits",
     "--learning_rate=0.003",

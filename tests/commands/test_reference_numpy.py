@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 
-SOURCE = Path(__file__).parents[1] / "conversion" / "reference_numpy.py"
-OWN_GOLDENS = Path(__file__).parent / "goldens"
+SOURCE = Path(__file__).parents[2] / "conversion" / "reference_numpy.py"
+OWN_GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", OWN_GOLDENS))
 KINDS = (
     "vit_jax",

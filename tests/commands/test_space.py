@@ -17,11 +17,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_vit import HfViTForImageClassification
-from hf_vit.images import read_image
-from hf_vit.processors import processor_of
+from hf_vit.checkpoints.processors import processor_of
+from hf_vit.data.images import read_image
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "examples" / "space"
 MNIST = ROOT / "examples" / "checkpoints" / "vit-mnist.npz"
 GRADIOS_OWN = "Method not implemented."  # gradio 6 writes it to the console of every page

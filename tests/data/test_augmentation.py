@@ -12,8 +12,7 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
-from hf_vit.image_processing_hf_vit import HfViTImageProcessor
-from hf_vit.training.augmentation import (
+from hf_vit.data.augmentation import (
     Augment,
     AugmentedImages,
     AugmentedStream,
@@ -21,7 +20,8 @@ from hf_vit.training.augmentation import (
     MixingCollator,
     collate_images,
 )
-from hf_vit.training.datasets import load_splits
+from hf_vit.data.datasets import load_splits
+from hf_vit.image_processing_hf_vit import HfViTImageProcessor
 
 
 SIZE = {"height": 16, "width": 16}
@@ -166,10 +166,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from hf_vit import HfViTImageProcessor
-from hf_vit.images import ImageError
+from hf_vit.data.images import ImageError
 from hf_vit.training import datasets
-from hf_vit.training.augmentation import Augment, AugmentedImages, EpochSampler, collate_images
-from hf_vit.training.datasets import load_splits
+from hf_vit.data.augmentation import Augment, AugmentedImages, EpochSampler, collate_images
+from hf_vit.data.datasets import load_splits
 
 datasets.SCAN_CHUNK = 11  # of 12 pictures: each rank meets one of the bad ones
 accelerator = Accelerator(cpu=True)

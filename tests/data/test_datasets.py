@@ -9,11 +9,10 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from odd_images import READ_RIGHT, REFUSED, write_odd_files
 from sklearn.datasets import load_digits
-from test_images import READ_RIGHT, REFUSED
 
-from hf_vit.images import ImageError
-from hf_vit.training.datasets import (
+from hf_vit.data.datasets import (
     decode_images,
     default_num_workers,
     find_column,
@@ -21,6 +20,7 @@ from hf_vit.training.datasets import (
     shard_by_rank,
     stratified_split,
 )
+from hf_vit.data.images import ImageError
 
 
 def write_picture(path: Path, color: int = 0, *, size: tuple[int, int] = (12, 8)) -> Path:
@@ -202,13 +202,6 @@ def test_pictures_are_upright_rgb_and_sixteen_bits_are_scaled(tmp_path):
     pictures = {row["image"].size: row["image"] for part in splits.values() for row in part}
     assert set(pictures) == {(12, 8), (8, 12), (8, 8)}
     np.testing.assert_allclose(np.asarray(pictures[8, 8])[..., 0], ramp / 257, atol=1)
-
-
-def write_odd_files(root: Path, files: dict) -> None:
-    for number, (name, (write, *_)) in enumerate(files.items()):
-        folder = root / ("even" if number % 2 else "odd")
-        folder.mkdir(exist_ok=True)
-        write(folder / name)
 
 
 @pytest.mark.reliability(row="I03")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from hf_vit.training.metrics import (
+from hf_vit.evaluation.metrics import (
     ConfusionMatrix,
     ExpectedCalibrationError,
     PerClassAccuracy,

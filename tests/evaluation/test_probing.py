@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTModel
-from hf_vit.probing import (
+from hf_vit.evaluation.probing import (
     BIAS_CONSTANT,
     L2_GRID,
     LeastSquaresProbe,

@@ -33,8 +33,8 @@ from hf_vit.explain import (
 )
 
 
-ROOT = Path(__file__).parents[1]
-GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parent / "goldens"))
+ROOT = Path(__file__).parents[2]
+GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parents[1] / "goldens"))
 RECORDED = ("vit_jax", "big_vision", "bv_two_towers")
 CASES = {
     case["name"]: case

@@ -16,7 +16,7 @@ from hf_vit.explain.maps import join_patches
 from hf_vit.explain.page import AttentionPage, pack_rows, unpack_rows
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MNIST = ROOT / "examples" / "checkpoints" / "vit-mnist.npz"
 HOSTILE = "</script><img src=x onerror=console.log(1)>"
 

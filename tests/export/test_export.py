@@ -22,7 +22,7 @@ from hf_vit import (
     HfViTImageProcessor,
     HfViTModel,
 )
-from hf_vit.export import export_onnx, export_program, export_timm, export_transformers
+from hf_vit.export.formats import export_onnx, export_program, export_timm, export_transformers
 
 
 TINY: dict[str, Any] = {
@@ -256,7 +256,7 @@ def test_a_backbone_is_refused_by_name(tmp_path):
 
 
 def command():
-    path = Path(__file__).parent.parent / "examples" / "export.py"
+    path = Path(__file__).parents[2] / "examples" / "export.py"
     spec: Any = importlib.util.spec_from_file_location("export_example", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["export_example"] = module

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 
+import forking
 import pytest
 
-from hf_vit import atomic
-from hf_vit.atomic import atomic_file, atomic_folder, exclusive_lock, steady_folder
+from hf_vit.files import atomic
+from hf_vit.files.atomic import atomic_file, atomic_folder, exclusive_lock, steady_folder
 
 
 FILES = ("a.json", "b.safetensors", "sub/c.txt")
@@ -20,7 +21,7 @@ FILES = ("a.json", "b.safetensors", "sub/c.txt")
 # Runs without the package's other imports, so that it can fork hundreds of writers in a second.
 DRIVER = f"""
 import importlib.util, os, pathlib, signal, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+sys.path.insert(0, {os.path.dirname(forking.__file__)!r})
 from forking import die_at_operation, in_child, status_of
 spec = importlib.util.spec_from_file_location("atomic", {atomic.__file__!r})
 atomic = importlib.util.module_from_spec(spec)
@@ -230,7 +231,7 @@ def test_a_full_disk_met_by_safetensors_is_reported_the_same_way(tmp_path):
     code = """
 import resource, sys, torch
 from safetensors.torch import save_file
-from hf_vit.atomic import atomic_folder
+from hf_vit.files.atomic import atomic_folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 with atomic_folder(sys.argv[1]) as folder:
     save_file({"w": torch.zeros(1 << 20)}, folder / "model.safetensors")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
 from hf_vit.checkpoints import convert_jax_checkpoint
-from hf_vit.containers import CheckpointError
-from hf_vit.layouts import JaxLayout, group_by_theirs
+from hf_vit.checkpoints.layouts import JaxLayout, group_by_theirs
+from hf_vit.files.errors import CheckpointError
 
 
 CONFIG = HfViTConfig(

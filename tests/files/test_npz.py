@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from fuzz.fuzz_containers import pack, pack_extension
+from npz_files import npy_header
 
-from hf_vit.containers import CheckpointError, open_arrays, write_npz
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.npz import open_arrays, write_npz
 
 
-GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parent / "goldens"))
+GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parents[1] / "goldens"))
 ARRAYS = {
     "Transformer/encoderblock_0/LayerNorm_0/scale": np.linspace(-1, 1, 12, dtype=np.float32),
     "embedding/kernel": np.arange(2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5) / 7,
@@ -34,11 +36,6 @@ def npy_bytes(array):
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def npy_header(descr, shape, *, fortran_order=False, version=(1, 0)):
-    text = repr({"descr": descr, "fortran_order": fortran_order, "shape": shape}).encode() + b"\n"
-    return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I", len(text)) + text
 
 
 def save_zip(path, members, compression=zipfile.ZIP_STORED):

@@ -24,7 +24,7 @@ from hf_vit import (
     HfViTImageProcessor,
     HfViTModel,
 )
-from hf_vit.hub import AUTO_MAP, HUB_FILES, push, write_model_card
+from hf_vit.hub.push import AUTO_MAP, HUB_FILES, push, write_model_card
 
 
 # huggingface_hub sends a large file in a way that its HTTP library calls deprecated
@@ -322,7 +322,7 @@ def test_the_card_of_another_program_in_a_folder_gets_the_metadata_that_it_needs
 
 
 def test_the_conversion_command_pushes_what_it_has_written(hub, tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [root / "conversion" / "jax_to_safetensors.py", root / "tests" / "goldens" / "vit_p16_tok_rep.npz"]
     command += [tmp_path / "model", "--push_to_hub", "me/vit"]
     environment = hub.environment(tmp_path / "home", token="hf_me")

@@ -14,8 +14,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit import ViTImageProcessor
 
 from hf_vit import HfViTBackbone, HfViTForImageClassification, HfViTImageProcessor, HfViTModel
-from hf_vit.containers import CheckpointError
-from hf_vit.processors import processor_of
+from hf_vit.checkpoints.processors import processor_of
+from hf_vit.files.errors import CheckpointError
 
 
 # huggingface_hub sends a large file in a way that its HTTP library calls deprecated

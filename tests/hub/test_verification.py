@@ -8,8 +8,8 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import snapshot_download
 
-from hf_vit.containers import CheckpointError
-from hf_vit.hub_cache import verify_download, verify_snapshot
+from hf_vit.files.errors import CheckpointError
+from hf_vit.hub.verification import verify_download, verify_snapshot
 
 
 WEIGHTS = bytes(range(256)) * 40

@@ -21,13 +21,13 @@ from hf_vit import (
     HfViTImageProcessor,
     HfViTModel,
 )
-from hf_vit.cpu_kernels import gelu_tanh_
 from hf_vit.inference import blocks, kernels, onednn, preparation, prepare
 from hf_vit.inference.blocks import PreparedBlock
 from hf_vit.inference.kernels import BlasLinear, attend_by_products, attend_by_torch
 from hf_vit.inference.onednn import PackedConvolution, PackedLinear, attend_in_one_kernel
 from hf_vit.inference.quantization import Int8Block
 from hf_vit.resnetv2 import StdConv2d
+from hf_vit.training.cpu_kernels import gelu_tanh_
 
 
 TINY = {

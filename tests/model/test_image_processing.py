@@ -16,7 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_vit.image_processing_hf_vit import MAX_PIXELS, PROTOCOLS, HfViTImageProcessor, HfViTImageProcessorPil
 
 
-GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parent / "goldens"))
+GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parents[1] / "goldens"))
 BACKENDS = pytest.mark.parametrize("processor_class", [HfViTImageProcessor, HfViTImageProcessorPil])
 EACH_PROTOCOL = pytest.mark.parametrize("protocol", PROTOCOLS)
 STEP = 1 / 255
@@ -211,7 +211,7 @@ def test_the_file_of_another_model_is_refused(tmp_path):
     ("name", "protocol", "size"), [("vit_p16_tok_rep", "vit_jax", (64, 64)), ("bv_gap_bf16", "big_vision", (64, 64))]
 )
 def test_an_original_checkpoint_has_the_protocol_of_its_code(processor_class, name, protocol, size, photo):
-    source = Path(__file__).parent / "goldens" / f"{name}.npz"
+    source = Path(__file__).parents[1] / "goldens" / f"{name}.npz"
     for processor in (processor_class.from_pretrained(source), processor_class.from_pretrained(str(source))):
         assert type(processor) is processor_class
         assert processor.protocol == protocol

@@ -28,8 +28,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.export import export_timm, export_transformers
-from hf_vit.foreign import is_finite
+from hf_vit.checkpoints.foreign import is_finite
+from hf_vit.export.formats import export_timm, export_transformers
 
 
 SIZES: dict[str, Any] = {

@@ -6,7 +6,7 @@ import torch
 from golden_cases import GOLDENS, OWN_GOLDENS, import_command, load_arguments, read_cases
 
 from hf_vit import HfViTForImageClassification, position_embeddings, resnetv2
-from hf_vit.layouts import Rule
+from hf_vit.checkpoints.layouts import Rule
 
 
 record_steps = import_command("verify_parity").record_steps

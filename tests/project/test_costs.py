@@ -4,9 +4,9 @@ import zipfile
 
 import pytest
 from measuring import depth, run_alone
-from test_containers import npy_header
-from test_images import png
-from test_strictness import HOSTILE
+from npz_files import npy_header
+from odd_images import png
+from tiny_models import HOSTILE
 
 
 @pytest.mark.reliability(row="I04")
@@ -17,8 +17,8 @@ def test_a_pixel_bomb_costs_nothing_at_any_door(figure, tmp_path):
     code = """
     import PIL.Image
     from hf_vit import HfViTImageProcessor
-    from hf_vit.images import read_image, read_pixels
-    from hf_vit.training.datasets import decode_images
+    from hf_vit.data.images import read_image, read_pixels
+    from hf_vit.data.datasets import decode_images
 
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # Pillow's own, before ours
     processor, bomb, sound = HfViTImageProcessor(), *sys.argv[1:]
@@ -63,7 +63,8 @@ def test_a_zip_bomb_and_a_lying_header_cost_nothing(figure, tmp_path):
     code = """
     from hf_vit import HfViTModel
     from hf_vit.checkpoints import convert_jax_checkpoint
-    from hf_vit.containers import CheckpointError, open_arrays
+    from hf_vit.files.errors import CheckpointError
+from hf_vit.files.npz import open_arrays
 
     folder, costs = Path(sys.argv[1]), []
     (folder / "text.npz").write_text("no weights")
@@ -90,10 +91,10 @@ def test_a_zip_bomb_and_a_lying_header_cost_nothing(figure, tmp_path):
 @pytest.mark.parametrize("kind", ["own", "transformers"])
 def test_a_hostile_configuration_costs_nothing(kind, figure, tmp_path):
     code = """
-    from test_strictness import HOSTILE, TINY, randomised
+    from tiny_models import HOSTILE, TINY, randomised
     from transformers import ViTConfig, ViTForImageClassification
     from hf_vit import HfViTConfig, HfViTForImageClassification
-    from hf_vit.containers import CheckpointError
+    from hf_vit.files.errors import CheckpointError
 
     folder = Path(sys.argv[1])
     stock = KIND == "transformers"
@@ -129,7 +130,7 @@ def test_a_hostile_configuration_costs_nothing(kind, figure, tmp_path):
 def test_memory_does_not_grow_with_forwards_loads_and_steps(figure, tmp_path):
     code = """
     import gc, logging, os, torch
-    from test_resume import make_trainer
+    from training_runs import make_trainer
     from hf_vit import HfViTForImageClassification
     from transformers import TrainerCallback
     from transformers.utils import logging as library_logging

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "how-vit-works.md"
 NAMES = r"ViT-\w+/\d+|R\d+\+ViT-\w+/\d+|ImageNet-21k|[\w.]+_\d"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = ("src/hf_vit", "conversion", "examples", "benchmarks", "docs")
 SKIPPED = {"__pycache__", "checkpoints", "results", "figures"}  # named as folders

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-OWN_GOLDENS = Path(__file__).parent / "goldens"
+OWN_GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", OWN_GOLDENS))
 PARITY_KINDS = ("vit_jax", "load_pretrained", "big_vision", "bv_two_towers", "bv_load_old")
 CHECKPOINT_KINDS = (*PARITY_KINDS, "finetune")  # not: mixers, text towers
@@ -36,7 +36,7 @@ def load_arguments(case: dict[str, Any]) -> dict[str, Any]:
 
 def import_command(name: str):
     """A script of conversion/, which finds its neighbours as it does when run."""
-    folder = str(Path(__file__).parents[1] / "conversion")
+    folder = str(Path(__file__).parents[2] / "conversion")
     if folder not in sys.path:
         sys.path.append(folder)
     return importlib.import_module(name)

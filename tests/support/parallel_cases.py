@@ -15,10 +15,10 @@ from pathlib import Path
 from accelerate import Accelerator, state
 from accelerate.utils import DistributedType
 
-from hf_vit.training.augmentation import AugmentedStream
+from hf_vit.data.augmentation import AugmentedStream
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",

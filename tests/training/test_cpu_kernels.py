@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, cpu_kernels
-from hf_vit.cpu_kernels import Linear, attend_by_products
+from hf_vit.training.cpu_kernels import Linear, attend_by_products
 
 
 @pytest.fixture(autouse=True)

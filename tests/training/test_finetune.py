@@ -13,24 +13,23 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from example_scripts import load_example
+from odd_images import READ_RIGHT, REFUSED, write_odd_files
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_datasets import write_odd_files
-from test_eval import load_example
-from test_images import READ_RIGHT, REFUSED
 from torch import nn
 from transformers import TrainerCallback, pipeline, set_seed
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.images import ImageError
-from hf_vit.training.augmentation import collate_images
+from hf_vit.data.augmentation import collate_images
+from hf_vit.data.datasets import load_splits
+from hf_vit.data.images import ImageError
 from hf_vit.training.checkpointing import newest_complete_checkpoint
-from hf_vit.training.datasets import load_splits
 from hf_vit.training.finetuning import export, make_trainer, parse_arguments, prepare, wants_recipes
 
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "finetune_trainer.py"
-CHECKPOINT = Path(__file__).parent.parent / "examples" / "checkpoints" / "vit-mnist.npz"
+SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_trainer.py"
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "vit-mnist.npz"
 BASE = ["--model_name_or_path=m", "--dataset=digits"]
 
 

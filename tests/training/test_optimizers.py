@@ -21,7 +21,7 @@ from hf_vit.training.optimizers import (
 )
 
 
-GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parent / "goldens"))
+GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parents[1] / "goldens"))
 CASES = {case["name"]: case for case in json.loads((GOLDENS / "cases.json").read_text())["cases"]}
 FINE_TUNINGS = sorted(name for name in CASES if name.startswith("ft_") and (GOLDENS / f"{name}.io.npz").exists())
 

@@ -10,8 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from example_scripts import load_example
 from safetensors.torch import load_file
-from test_eval import load_example
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.training.checkpointing import verify_checkpoint

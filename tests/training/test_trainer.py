@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import CLASSES, WORKERS, assert_equal, either_loop, make_trainer, pictures, weights
 from torch import nn
+from training_runs import CLASSES, WORKERS, assert_equal, either_loop, make_trainer, pictures, weights
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.training.augmentation import AugmentedImages
+from hf_vit.data.augmentation import AugmentedImages
 from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint
 from hf_vit.training.ema import ExponentialMovingAverage
 from hf_vit.training.interruption import TrainingInterrupted, WorkerDeaths
@@ -63,7 +63,7 @@ def test_handlers_are_put_back_after_training(make, tmp_path):
 SCRIPT = """
     import sys, time
     sys.path.insert(0, {tests!r})
-    from test_resume import {make}
+    from training_runs import {make}
     from hf_vit.training.interruption import TrainingInterrupted
 
     if __name__ == "__main__":

@@ -30,9 +30,10 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
 
-from .atomic import atomic_file
-from .catalogue import CatalogueEntry, find, is_published, to_https
-from .containers import CheckpointError, open_arrays
+from hf_vit.catalogue.entries import CatalogueEntry, find, is_published, to_https
+from hf_vit.files.atomic import atomic_file
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.npz import open_arrays
 
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, unquote
 
-from .labels import Head
+from hf_vit.catalogue.labels import Head
 
 
 GOOGLE_STORAGE = "https://storage.googleapis.com/"
@@ -199,7 +199,7 @@ class CatalogueEntry:
 @cache
 def read_catalogue() -> Mapping[str, CatalogueEntry]:
     """All listed files by name, in the order of `catalogue.toml`."""
-    tables = tomllib.loads(resources.files("hf_vit").joinpath("catalogue.toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads(resources.files("hf_vit.catalogue").joinpath("entries.toml").read_text(encoding="utf-8"))
     entries = [_read_entry(table, tables["sources"]) for table in tables["checkpoint"]]
     return MappingProxyType({entry.name: entry for entry in entries})
 

@@ -82,6 +82,6 @@ def problem_type(head: Head | None) -> ProblemType | None:
 
 @cache
 def _read_classes(num_classes: int) -> list[tuple[str, str]]:
-    text = resources.files("hf_vit").joinpath(_FILES[num_classes]).read_text(encoding="utf-8")
+    text = resources.files("hf_vit.catalogue").joinpath(_FILES[num_classes]).read_text(encoding="utf-8")
     rows = (line.split(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return [(f"n{int(offset):08d}", lemmas) for offset, lemmas in rows]

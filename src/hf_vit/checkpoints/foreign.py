@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from .configuration_hf_vit import HfViTConfig, stem_stride
-from .containers import CheckpointError
-from .layouts import JaxLayout, Rule
+from hf_vit.checkpoints.layouts import JaxLayout, Rule
+from hf_vit.configuration_hf_vit import HfViTConfig, stem_stride
+from hf_vit.files.errors import CheckpointError
 
 
 # What a configuration raises that describes no model, whatever is in it.

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .configuration_hf_vit import HfViTConfig
-from .containers import ArrayFile, CheckpointError, open_arrays, write_npz
-from .foreign import (
+from hf_vit.checkpoints.foreign import (
     Checkpoint,
     check_names,
     find_name,
@@ -29,7 +27,7 @@ from .foreign import (
     shape_of,
     two_lists,
 )
-from .layouts import (
+from hf_vit.checkpoints.layouts import (
     BIG_VISION_POSITIONS,
     OLD_BIG_VISION_POSITIONS,
     VIT_JAX_POSITIONS,
@@ -38,6 +36,9 @@ from .layouts import (
     fold_class_row,
     group_by_theirs,
 )
+from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.npz import ArrayFile, open_arrays, write_npz
 
 
 logger = logging.get_logger(__name__)
@@ -61,8 +62,8 @@ def local_checkpoint(source: str | Path, hub: dict[str, Any] | None = None) -> P
         return path
     if path.is_dir():
         return None
-    from .catalogue import is_published  # the network's modules are for those who fetch
-    from .download import fetch
+    from hf_vit.catalogue.download import fetch
+    from hf_vit.catalogue.entries import is_published  # the network's modules are for those who fetch
 
     if re.match(r"(gs|https?)://", str(source)) or is_published(str(source)):
         return fetch(str(source), cache_dir=hub.get("cache_dir"), offline=hub.get("local_files_only") or None)

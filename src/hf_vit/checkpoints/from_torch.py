@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from .configuration_hf_vit import HfViTConfig
-from .containers import CheckpointError
-from .foreign import UNFIT, Checkpoint, check_names, image_size_of, numbered, patches_of, shape_of
-from .layouts import torch_rules
-from .torch_files import TensorFiles, open_tensors
+from hf_vit.checkpoints.foreign import UNFIT, Checkpoint, check_names, image_size_of, numbered, patches_of, shape_of
+from hf_vit.checkpoints.layouts import torch_rules
+from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.torch_files import TensorFiles, open_tensors
 
 
 Shapes = dict[str, tuple[int, ...]]

@@ -6,9 +6,7 @@ left at random: what is missing, left over, mis-shaped, not finite or no floatin
 
 import contextlib
 import copy
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from logging import Filter, LogRecord
@@ -21,34 +19,27 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import logging
 
-from .atomic import atomic_folder, steady_folder
-from .configuration_hf_vit import HfViTConfig
-from .containers import CheckpointError
-from .foreign import UNFIT, Checkpoint, is_finite, listing, two_lists, updated
-from .hub_cache import verify_download, verify_snapshot
-from .jax_checkpoints import local_checkpoint, open_jax_checkpoint, write_jax_checkpoint
-from .labels import head_kind, id2label, problem_type
-from .layouts import own_shapes
-from .mapped_loading import load_mapped, map_ahead
-from .modeling_hf_vit import (
+from hf_vit.checkpoints.conversion import CONFIG_FIELDS, describe_head, own_fields, own_name, plan_conversion
+from hf_vit.checkpoints.foreign import UNFIT, Checkpoint, is_finite, listing, two_lists, updated
+from hf_vit.checkpoints.from_jax import local_checkpoint, open_jax_checkpoint
+from hf_vit.checkpoints.from_torch import open_torch_checkpoint
+from hf_vit.checkpoints.layouts import own_shapes
+from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.files.atomic import steady_folder
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.torch_files import SUFFIXES, find_weights, open_tensors
+from hf_vit.hub.verification import verify_download, verify_snapshot
+from hf_vit.modeling_hf_vit import (
     HfViTBackbone,
     HfViTForImageClassification,
     HfViTForMaskedImageModeling,
     HfViTModel,
     HfViTPreTrainedModel,
 )
-from .position_embeddings import resample_position_embeddings
-from .processors import processor_of
-from .safetensors_stream import PlannedTensor, write_safetensors
-from .torch_checkpoints import open_torch_checkpoint
-from .torch_files import SUFFIXES, find_weights, open_tensors
 
 
 logger = logging.get_logger(__name__)
 
-_CONFIG_FIELDS = {field.name for field in dataclasses.fields(HfViTConfig)} - {
-    "architectures", "chunk_size_feed_forward", "dtype", "return_dict", "transformers_version"
-} | {"num_labels", "out_features", "out_indices"}  # fmt: skip
 _LABELS = ("num_labels", "id2label", "label2id")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -79,126 +70,6 @@ def _load(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *mode
         return _load_foreign(cls, opener, label, **kwargs)
     except StrictDataclassError as error:  # of a field that the caller gave; those of files are named below
         raise CheckpointError(f"{label}: {error}") from error
-
-
-def plan_conversion(
-    checkpoint: Checkpoint, *, image_size: int | tuple[int, int] | None = None, num_labels: int | None = None
-) -> tuple[HfViTConfig, list[PlannedTensor]]:
-    """Return the configuration of the model to be, and its parameters (without the `vit.` of a model with a head).
-
-    Args:
-        image_size: Pixels; the positions are resampled if its grid is not the checkpoint's.
-        num_labels: Classes of the head; the checkpoint's head is left out if it has another number.
-    """
-    config = copy.deepcopy(checkpoint.config)
-    if image_size is not None:
-        config = HfViTConfig(**updated(_own_fields(config), image_size=image_size))  # validates
-    if num_labels is not None and num_labels != config.num_labels:  # else the names of the classes stay
-        config.num_labels = num_labels
-    keeps_head = checkpoint.has_head and config.num_labels == checkpoint.config.num_labels
-    old_grid, new_grid = checkpoint.config.grid_size, config.grid_size
-    plan = []
-    for rule in checkpoint.rules:
-        shape, read = rule.ours_shape, functools.partial(checkpoint.tensor, rule)
-        dtype = checkpoint.arrays.dtypes[rule.theirs]
-        if rule.ours == "embeddings.position_embeddings" and old_grid != new_grid:
-            shape = (1, config.num_prefix_tokens + math.prod(new_grid), config.hidden_size)
-            dtype = torch.promote_types(dtype, torch.float32)  # a half-precision table is not rounded again
-            read = functools.partial(_resampled, read, checkpoint.config, new_grid, dtype)
-        if keeps_head or not rule.ours.startswith("classifier."):
-            plan.append(PlannedTensor(rule.ours, shape, dtype, read))
-    return config, plan
-
-
-def _resampled(
-    read: Callable[[], torch.Tensor], config: HfViTConfig, grid: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    return resample_position_embeddings(
-        read().to(dtype),
-        config.grid_size,
-        grid,
-        num_prefix_tokens=config.num_prefix_tokens,
-        method=config.position_resampling,
-    )
-
-
-def convert_jax_checkpoint(
-    source: str | Path,
-    folder: str | Path,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    num_labels: int | None = None,
-    max_shard_bytes: int | None = None,
-    finish: Callable[[Path, Path], None] | None = None,
-    **overrides: Any,
-) -> HfViTConfig:
-    """Write a folder that `from_pretrained` opens, tensor by tensor: the model is never in memory as a whole.
-
-    The tensors keep the dtype of the file; the configuration asks for float32, in which the reference computes.
-
-    Args:
-        source: A checkpoint file, as `from_pretrained` takes it.
-        folder: Replaced as a whole, or left as it was.
-        image_size: Pixels, one number or (height, width): resamples the positions if the grid differs.
-        num_labels: Makes a new head, zero as the reference's, if the file's has another width.
-        max_shard_bytes: Splits the weights into files of at most about this size.
-        finish: Called with the complete folder, before it is moved into place, and the checkpoint file: may add files
-            to it, or raise to have nothing written.
-        overrides: Fields of `HfViTConfig` over what the file says or leaves open.
-
-    Returns:
-        The configuration written.
-
-    Raises:
-        CheckpointError: if the file is defective; nothing is written then.
-    """
-    path = local_checkpoint(source)
-    if path is None:
-        raise CheckpointError(f"{source}: expected a checkpoint file of the JAX code, got a folder or nothing")
-    with open_jax_checkpoint(path, **updated(overrides, image_size=image_size)) as checkpoint:
-        config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
-        _describe_head(config, plan, checkpoint)
-        if config.num_labels and plan[-1].name != "classifier.bias":
-            plan += _zero_head(config)
-        is_base = config.num_labels == 0
-        config.architectures = ["HfViTModel" if is_base else "HfViTForImageClassification"]
-        config.dtype = torch.float32
-        entries = [entry._replace(name=_our_name(entry.name, wrapped=not is_base)) for entry in plan]
-        with atomic_folder(folder) as temporary:
-            write_safetensors(temporary, entries, max_shard_bytes=max_shard_bytes)
-            config.save_pretrained(temporary)
-            processor_of(path, config).save_pretrained(temporary)
-            if finish is not None:
-                finish(temporary, path)
-    return config
-
-
-def _describe_head(config: HfViTConfig, plan: list[PlannedTensor], checkpoint: Checkpoint) -> None:
-    """Name the classes of an ImageNet head and tell how its scores are to be read; a head of zeros is said aloud."""
-    head = {entry.name: entry.read for entry in plan if entry.name.startswith("classifier.")}
-    if checkpoint.layout is None or not head:
-        return
-    names = id2label(config.num_labels or 0)
-    if names is not None and config.id2label == {i: f"LABEL_{i}" for i in names}:
-        config.id2label, config.label2id = names, {name: i for i, name in names.items()}
-    bias = head["classifier.bias"]()
-    kind = head_kind(bias if bias.any() else head["classifier.weight"](), bias)
-    if kind == "zeros":
-        logger.warning(
-            f"{checkpoint.arrays.path}: every weight of the head is zero, so all classes score alike; such files were "
-            "published for fine-tuning: pass num_labels= for a head of your own"
-        )
-    if config.problem_type is None:
-        config.problem_type = problem_type(kind)
-
-
-def _zero_head(config: HfViTConfig) -> list[PlannedTensor]:
-    features = config.representation_size or config.hidden_size
-    num_labels = config.num_labels or 0
-    return [
-        PlannedTensor(name, shape, torch.float32, lambda shape=shape: torch.zeros(shape))
-        for name, shape in (("classifier.weight", (num_labels, features)), ("classifier.bias", (num_labels,)))
-    ]
 
 
 # -- what a source is
@@ -273,19 +144,19 @@ def _stored_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | 
 
 def _load_foreign(cls: type[HfViTPreTrainedModel], opener: Opener, label: str, **kwargs: Any):
     image_size, given = kwargs.pop("image_size", None), kwargs.pop("config", None)
-    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in _CONFIG_FIELDS}
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in CONFIG_FIELDS}
     for name in (*_HUB_ARGUMENTS, "ignore_mismatched_sizes", "_commit_hash", "use_safetensors", "weights_only"):
         kwargs.pop(name, None)
     if given is not None:
         image_size = given.image_size if image_size is None else image_size
-        fields = {**_own_fields(given), **fields}
+        fields = {**own_fields(given), **fields}
     labels = {name: fields.pop(name) for name in _LABELS if name in fields}
     num_labels = labels.get("num_labels", len(labels["id2label"]) if labels.get("id2label") else None)
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
     with opener(**updated(fields, image_size=image_size)) as checkpoint:
         config, plan = plan_conversion(checkpoint, image_size=image_size, num_labels=num_labels)
         if issubclass(cls, HfViTForImageClassification):
-            _describe_head(config, plan, checkpoint)
+            describe_head(config, plan, checkpoint)
         for name in ("id2label", "label2id"):
             if labels.get(name):
                 setattr(config, name, labels[name])
@@ -295,7 +166,7 @@ def _load_foreign(cls: type[HfViTPreTrainedModel], opener: Opener, label: str, *
         for reason, names in ((f"{cls.__name__} has no place for", unused), ("not read", checkpoint.left_out)):
             if names:
                 logger.warning(listing(f"{label}: {reason}", names, "-"))
-        state = {_our_name(entry.name, wrapped=is_wrapped): entry.read().to(checkpoint.dtype) for entry in used}
+        state = {own_name(entry.name, wrapped=is_wrapped): entry.read().to(checkpoint.dtype) for entry in used}
         kwargs["dtype"] = checkpoint.dtype if dtype == "auto" else dtype
     model = _load_strictly(cls, None, label, allow_new_head=True, config=config, state_dict=state, **kwargs)
     loaded = model[0] if isinstance(model, tuple) else model
@@ -312,29 +183,20 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, label: str, *
     asked = config is not None or any(name in kwargs for name in ("num_labels", "id2label"))
     asked = asked or kwargs.get("ignore_mismatched_sizes", False)
     left_out: tuple[str, ...] = ()
-    mapped, stored = None, _stored_config(source, hub)
+    stored = _stored_config(source, hub)
     if stored is not None:
         if asked and config is None and _has_other_classes(stored, kwargs):
             kwargs.setdefault("problem_type", None)  # it was said of the head that goes
         if stored.get("representation_size") is not None and kwargs.get("representation_size", 0) is None:
             asked, left_out = True, ("pre_logits.",)  # the head was for what this layer gives
-        if not (asked or model_args or stored.get("quantization_config")) and Path(source).is_dir():
-            others = {name: value for name, value in kwargs.items() if name not in _CONFIG_FIELDS}
-            mapped = map_ahead(Path(source) / hub.get("subfolder", ""), stored, others)
         own = _checked_config(
-            source, stored, config, {name: kwargs[name] for name in kwargs if name in _CONFIG_FIELDS - {*_LABELS}}
+            source, stored, config, {name: kwargs[name] for name in kwargs if name in CONFIG_FIELDS - {*_LABELS}}
         )
         unchecked = ("gguf_file", "variant", "output_loading_info")
         if not (stored.get("quantization_config") or any(kwargs.get(name) for name in unchecked)):
             _check_headers(cls, source, own, hub, allow_new_head=asked, left_out=left_out)
         if isinstance(config, HfViTConfig) and wanted is None and config.image_size != own.image_size:
             wanted, kwargs["config"] = config.image_size, own
-        elif mapped is not None:
-            model = load_mapped(cls, mapped, own, inspect=functools.partial(_refuse_non_finite, label))
-            if model is not None:
-                if wanted is not None:
-                    model.resize_position_embeddings(wanted)
-                return model
     result = _load_strictly(cls, source, label, *model_args, allow_new_head=asked, left_out=left_out, **kwargs)
     if not Path(source).is_dir():
         verify_download(source, **{name: hub[name] for name in ("cache_dir", "revision", "subfolder") if name in hub})
@@ -504,19 +366,4 @@ def _has_place_for(cls: type[HfViTPreTrainedModel], name: str) -> bool:
     return not (issubclass(cls, HfViTBackbone) and name.startswith(("pooler.", "pre_logits.")))
 
 
-def _our_name(name: str, *, wrapped: bool) -> str:
-    return f"vit.{name}" if wrapped and not name.startswith(("classifier.", "decoder.")) else name
-
-
-def _own_fields(config: HfViTConfig) -> dict[str, Any]:
-    return {name: copy.deepcopy(getattr(config, name)) for name in _CONFIG_FIELDS if hasattr(config, name)}
-
-
-__all__ = [
-    "CheckpointError",
-    "convert_jax_checkpoint",
-    "load_pretrained",
-    "open_jax_checkpoint",
-    "plan_conversion",
-    "write_jax_checkpoint",
-]
+__all__ = ["load_pretrained"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .image_processing_hf_vit import HfViTImageProcessor
-from .jax_checkpoints import local_checkpoint, open_jax_checkpoint
-from .torch_files import SUFFIXES
+from hf_vit.checkpoints.from_jax import local_checkpoint, open_jax_checkpoint
+from hf_vit.files.torch_files import SUFFIXES
+from hf_vit.image_processing_hf_vit import HfViTImageProcessor
 
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .atomic import atomic_folder, is_being_written, why_irreplaceable
+from hf_vit.files.atomic import atomic_folder, is_being_written, why_irreplaceable
 
 
 logger = logging.get_logger(__name__)

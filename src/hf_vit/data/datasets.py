@@ -1,6 +1,6 @@
 """Labelled pictures from wherever they lie, as `train` and `test` with the columns `image` and `label`.
 
-Every picture is read by `hf_vit.images.read_image`: upright, RGB, 16-bit and float scaled, never clipped.
+Every picture is read by `hf_vit.data.images.read_image`: upright, RGB, 16-bit and float scaled, never clipped.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from datasets import load_dataset as load_hub_dataset
 from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
-from hf_vit.images import ImageError, read_image
+from hf_vit.data.images import ImageError, read_image
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_vit.training.metrics import compute_metrics, gather_batch, in_dataset_order, summarize_logits
+from hf_vit.evaluation.metrics import compute_metrics, gather_batch, in_dataset_order, summarize_logits
 
 
 def generators_kept() -> AbstractContextManager:

@@ -3,11 +3,17 @@
 For any picture, size and aspect, and any model of transformers that returns attentions.
 """
 
-from .attentions import TokenGrid, class_logits, pooling_weights, visit_attention_gradients, visit_attentions
-from .maps import attention_distance, attention_rollout, rank_correlation, roll_out, token_colors
-from .occlusion import log_probabilities, occlusion_sensitivity
-from .picture import ClassMap, Explanation, class_relevance, explain, label_of
-from .weights import patch_filters, position_similarity
+from hf_vit.explain.attentions import (
+    TokenGrid,
+    class_logits,
+    pooling_weights,
+    visit_attention_gradients,
+    visit_attentions,
+)
+from hf_vit.explain.maps import attention_distance, attention_rollout, rank_correlation, roll_out, token_colors
+from hf_vit.explain.occlusion import log_probabilities, occlusion_sensitivity
+from hf_vit.explain.picture import ClassMap, Explanation, class_relevance, explain, label_of
+from hf_vit.explain.weights import patch_filters, position_similarity
 
 
 __all__ = [

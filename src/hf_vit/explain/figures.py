@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .picture import Explanation
+from hf_vit.explain.picture import Explanation
 
 
 if TYPE_CHECKING:

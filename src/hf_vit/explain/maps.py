@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from .attentions import TokenGrid
+from hf_vit.explain.attentions import TokenGrid
 
 
 def roll_out(rollout: torch.Tensor | None, attention: torch.Tensor) -> torch.Tensor:

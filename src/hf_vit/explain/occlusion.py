@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import PreTrainedModel
 
-from .attentions import class_logits
+from hf_vit.explain.attentions import class_logits
 
 
 def log_probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from transformers.modeling_utils import PreTrainedModel
 
-from .attentions import TokenGrid
-from .maps import join_patches, joining_matrix
-from .picture import Explanation, explain
-from .weights import patch_filters, position_similarity
+from hf_vit.explain.attentions import TokenGrid
+from hf_vit.explain.maps import join_patches, joining_matrix
+from hf_vit.explain.picture import Explanation, explain
+from hf_vit.explain.weights import patch_filters, position_similarity
 
 
 class AttentionPage:

@@ -12,9 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .attentions import TokenGrid, logits_of, pooling_weights, visit_attention_gradients, visit_attentions
-from .maps import attention_distance, rank_correlation, roll_out, token_colors
-from .occlusion import log_probabilities, occlusion_sensitivity
+from hf_vit.explain.attentions import (
+    TokenGrid,
+    logits_of,
+    pooling_weights,
+    visit_attention_gradients,
+    visit_attentions,
+)
+from hf_vit.explain.maps import attention_distance, rank_correlation, roll_out, token_colors
+from hf_vit.explain.occlusion import log_probabilities, occlusion_sensitivity
 
 
 @dataclass(frozen=True)

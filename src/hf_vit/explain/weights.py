@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..position_embeddings import sincos2d_position_embeddings
-from .maps import principal_components
+from hf_vit.explain.maps import principal_components
+from hf_vit.position_embeddings import sincos2d_position_embeddings
 
 
 def patch_filters(model: PreTrainedModel, count: int = 28) -> torch.Tensor:

@@ -20,19 +20,19 @@ from transformers import ViTConfig
 from transformers.image_utils import PILImageResampling
 from transformers.models.vit import ViTImageProcessor
 
-from .atomic import atomic_file, atomic_folder
-from .configuration_hf_vit import HfViTConfig
-from .image_processing_hf_vit import HfViTImageProcessor
-from .layouts import group_by_theirs, torch_rules
-from .modeling_hf_vit import (
+from hf_vit.checkpoints.from_torch import TIMM_ACTIVATIONS, TIMM_NUMERICS, TIMM_POOLINGS
+from hf_vit.checkpoints.layouts import group_by_theirs, torch_rules
+from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.files.atomic import atomic_file, atomic_folder
+from hf_vit.files.safetensors_writer import PlannedTensor, write_safetensors
+from hf_vit.image_processing_hf_vit import HfViTImageProcessor
+from hf_vit.modeling_hf_vit import (
     HfViTForImageClassification,
     HfViTForMaskedImageModeling,
     HfViTModel,
     HfViTPreTrainedModel,
 )
-from .position_embeddings import sincos2d_position_embeddings
-from .safetensors_stream import PlannedTensor, write_safetensors
-from .torch_checkpoints import TIMM_ACTIVATIONS, TIMM_NUMERICS, TIMM_POOLINGS
+from hf_vit.position_embeddings import sincos2d_position_embeddings
 
 
 logger = logging.getLogger(__name__)

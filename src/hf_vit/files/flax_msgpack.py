@@ -2,7 +2,7 @@
 
 `flax.training.checkpoints` writes a tree of maps; its leaves are numbers and arrays. An array is a msgpack extension
 (1, or 3 for a NumPy scalar) whose payload is itself msgpack: (shape, dtype name, bytes in C order, little-endian).
-Arrays above 1 GiB are cut into one-dimensional chunks. `hf_vit.containers` reads the bytes; nothing else needs this
+Arrays above 1 GiB are cut into one-dimensional chunks. `hf_vit.files.npz` reads the bytes; nothing else needs this
 module.
 Source: flax/serialization.py, msgpack_serialize and _chunk; the format:
     github.com/msgpack/msgpack/blob/master/spec.md.

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .atomic import atomic_file
-from .flax_msgpack import MAX_DIMENSIONS, MAX_NAME, scan_arrays
+from hf_vit.files.atomic import atomic_file
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.flax_msgpack import MAX_DIMENSIONS, MAX_NAME, scan_arrays
 
 
 MAX_MEMBERS = 10_000  # ViT-G with Adam moments, one member per array, has about 2,500
@@ -40,10 +41,6 @@ _NPY_DTYPES = {
     "u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32, "u8": torch.uint64,
 }  # fmt: skip
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NPY_DTYPES.values()}
-
-
-class CheckpointError(ValueError):
-    """Something is wrong in a weight file: its path, the array, what was expected, what was found, what to do."""
 
 
 @dataclass(frozen=True)

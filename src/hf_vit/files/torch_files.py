@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
-from .containers import CheckpointError
+from hf_vit.files.errors import CheckpointError
 
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")

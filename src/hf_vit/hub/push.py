@@ -34,16 +34,15 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from .atomic import atomic_file
-from .configuration_hf_vit import HfViTConfig
-from .processors import processor_of
+from hf_vit.checkpoints.processors import processor_of
+from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.files.atomic import atomic_file
 
 
 logger = logging.getLogger(__name__)
 
 HUB_FILES = (
     "configuration_hf_vit.py",
-    "cpu_kernels.py",
     "position_embeddings.py",
     "resnetv2.py",
     "modeling_hf_vit.py",
@@ -341,7 +340,7 @@ def _complete(folder: Path, repo_id: str, *, processor: Any, include_code: bool,
     if processor is not None:
         processor.save_pretrained(folder)
     for name in HUB_FILES if include_code else ():
-        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
     _set_auto_map(folder / "config.json", AUTO_MAP if include_code else None)
     _set_auto_map(folder / "preprocessor_config.json", _PROCESSOR_MAP if include_code else None)
     if (folder / "README.md").exists():

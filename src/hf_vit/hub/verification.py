@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from .containers import CheckpointError
+from hf_vit.files.errors import CheckpointError
 
 
 def verify_download(source: str | os.PathLike[str], **where: Any) -> int:

@@ -11,7 +11,7 @@ algebra. In bfloat16 where the processor can, and in int8 (`quantization.py`).
 On a GPU: `torch.compile` with CUDA graphs.
 """
 
-from .preparation import prepare
+from hf_vit.inference.preparation import prepare
 
 
 __all__ = ["prepare"]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_vit.inference.kernels import LARGEST_KEPT_BLOCK, Kernel, attend_by_torch, fastest_attention
 from hf_vit.modeling_hf_vit import (
-    FEW_TOKENS,
     Attention,
     Block,
     Encoder,
@@ -20,8 +20,6 @@ from hf_vit.modeling_hf_vit import (
     Mlp,
     attention_probabilities,
 )
-
-from .kernels import LARGEST_KEPT_BLOCK, Kernel, attend_by_torch, fastest_attention
 
 
 def encoder_of(model: HfViTPreTrainedModel) -> Encoder:
@@ -165,14 +163,9 @@ class PreparedBlock(Block):
         self,
         x: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        class_token_only: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        context = self.attention_norm(x)
-        queries = context
-        if class_token_only:
-            x, queries = x[:, :FEW_TOKENS], context[:, :FEW_TOKENS]
-        x, _ = self.attn(queries, attention_mask, context=context, residual=x, **kwargs)
+        x, _ = self.attn(self.attention_norm(x), attention_mask, residual=x, **kwargs)
         return self.ffn(self.ffn_norm(x), residual=x)
 
 

@@ -11,10 +11,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from hf_vit.cpu_kernels import gelu_tanh_
+from hf_vit.inference.onednn import PackedLinear, attend_in_one_kernel, attention_works, linear_works
 from hf_vit.modeling_hf_vit import Block
-
-from .onednn import PackedLinear, attend_in_one_kernel, attention_works, linear_works
+from hf_vit.training.cpu_kernels import gelu_tanh_
 
 
 logger = logging.get_logger(__name__)

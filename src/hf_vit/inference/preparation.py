@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput, logging
 
-from hf_vit.modeling_hf_vit import Block, Embeddings, HfViTPreTrainedModel
-from hf_vit.resnetv2 import ResNetV2, StdConv2d
-
-from .blocks import PreparedBlock, blocks_of, encoder_of
-from .kernels import fastest_kernel, keep_pages
-from .onednn import (
+from hf_vit.inference.blocks import PreparedBlock, blocks_of, encoder_of
+from hf_vit.inference.kernels import fastest_kernel, keep_pages
+from hf_vit.inference.onednn import (
     PackedConvolution,
     PackedLinear,
     convolution_works,
@@ -24,7 +21,9 @@ from .onednn import (
     int8_works,
     linear_works,
 )
-from .quantization import quantized_blocks
+from hf_vit.inference.quantization import quantized_blocks
+from hf_vit.modeling_hf_vit import Block, Embeddings, HfViTPreTrainedModel
+from hf_vit.resnetv2 import ResNetV2, StdConv2d
 
 
 logger = logging.get_logger(__name__)

@@ -18,10 +18,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from hf_vit.inference.blocks import PreparedAttention, PreparedBlock, blocks_of
+from hf_vit.inference.onednn import GELU_ALGORITHMS, Int8Linear, has_bfloat16
 from hf_vit.modeling_hf_vit import Attention, Block, HfViTPreTrainedModel
-
-from .blocks import PreparedAttention, PreparedBlock, blocks_of
-from .onednn import GELU_ALGORITHMS, Int8Linear, has_bfloat16
 
 
 _ROWS_A_BATCH = 32  # tokens kept of each batch, at every site

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, get_scheduler
 
+from hf_vit.data.augmentation import EpochSampler, collate_images
 from hf_vit.training.arguments import HfViTTrainingArguments
-from hf_vit.training.augmentation import EpochSampler, collate_images
 from hf_vit.training.interruption import leave_signals_to_the_trainer
 from hf_vit.training.optimizers import SCHEDULES, MomentumSGD, create_scheduler, parameter_groups
 

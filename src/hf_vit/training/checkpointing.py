@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_vit.containers import CheckpointError
+from hf_vit.files.errors import CheckpointError
 from hf_vit.training.sharding import put
 
 

@@ -19,14 +19,14 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
-from hf_vit.atomic import atomic_folder
-from hf_vit.hub import push, write_model_card
-from hf_vit.processors import processor_of
+from hf_vit.checkpoints.processors import processor_of
+from hf_vit.data.augmentation import Augment, AugmentedImages, AugmentedStream, MixingCollator, collate_images
+from hf_vit.data.datasets import default_num_workers, load_splits, shard_by_rank
+from hf_vit.evaluation.metrics import compute_metrics, summarize_logits
+from hf_vit.files.atomic import atomic_folder
+from hf_vit.hub.push import push, write_model_card
 from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults
-from hf_vit.training.augmentation import Augment, AugmentedImages, AugmentedStream, MixingCollator, collate_images
 from hf_vit.training.curves import draw_curves
-from hf_vit.training.datasets import default_num_workers, load_splits, shard_by_rank
-from hf_vit.training.metrics import compute_metrics, summarize_logits
 from hf_vit.training.recipes import find_recipe
 from hf_vit.training.sharding import is_spread, whole
 from hf_vit.training.trainer import HfViTTrainer

@@ -28,7 +28,8 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_pt_utils import AcceleratorConfig, safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
-from hf_vit.atomic import atomic_folder, exclusive_lock
+from hf_vit.evaluation.prediction import generators_kept
+from hf_vit.files.atomic import atomic_folder, exclusive_lock
 from hf_vit.training.arguments import HfViTTrainingArguments
 from hf_vit.training.checkpointing import (
     EMA_FILE,
@@ -39,7 +40,6 @@ from hf_vit.training.checkpointing import (
     write_manifest,
 )
 from hf_vit.training.ema import ExponentialMovingAverage
-from hf_vit.training.evaluation import generators_kept
 from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, describe_worker_failure
 from hf_vit.training.losses import NonFiniteLossError, describe_failure
 from hf_vit.training.sharding import is_spread, restore_optimizer, whole

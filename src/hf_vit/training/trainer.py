@@ -18,10 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from hf_vit.atomic import atomic_folder, exclusive_lock
+from hf_vit.data.augmentation import collate_images
+from hf_vit.evaluation.prediction import generators_kept
+from hf_vit.files.atomic import atomic_folder, exclusive_lock
 from hf_vit.training.arguments import HfViTTrainingArguments
 from hf_vit.training.assembly import build_optimizer, build_scheduler, training_loader
-from hf_vit.training.augmentation import collate_images
 from hf_vit.training.checkpointing import (
     EMA_FILE,
     bytes_of_checkpoint,
@@ -32,7 +33,6 @@ from hf_vit.training.checkpointing import (
     write_manifest,
 )
 from hf_vit.training.ema import ExponentialMovingAverage
-from hf_vit.training.evaluation import generators_kept
 from hf_vit.training.interruption import (
     StopSignals,
     TrainingInterrupted,

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_vit.containers import CheckpointError, open_arrays, write_npz
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.npz import open_arrays, write_npz
 
 
 TOKENS = [

@@ -27,11 +27,11 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
-from hf_vit.containers import CheckpointError
-from hf_vit.torch_files import open_tensors
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.torch_files import open_tensors
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from fuzz.fuzz_containers import Findings, mutate, same_bits
 
 

@@ -1,0 +1,1 @@
+"""The published checkpoints: names, addresses, checksums and class names."""

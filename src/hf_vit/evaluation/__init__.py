@@ -1,0 +1,1 @@
+"""Metrics, prediction and probing of trained models."""

@@ -1,0 +1,1 @@
+"""Pushing models to the Hub, and their cards."""
