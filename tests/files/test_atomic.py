@@ -1,4 +1,4 @@
-"""Old or new, never a mixture: under exceptions, full disks, SIGKILL at any file operation, and other processes."""
+"""Folders are old or new, never a mixture, under exceptions, full disks, SIGKILL and concurrent processes."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ import forking
 import pytest
 
 from hf_vit.files import atomic
-from hf_vit.files.atomic import atomic_file, atomic_folder, exclusive_lock, steady_folder
+from hf_vit.files.atomic import atomic_file, atomic_folder, exclusive_lock
 
 
 FILES = ("a.json", "b.safetensors", "sub/c.txt")
@@ -87,7 +87,7 @@ def raise_enosys(*_):
     raise OSError(errno.ENOSYS, "no such system call")
 
 
-# -- whole or not at all ----------------------------------------------------------------------------------------------
+# -- atomic ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_appears_whole_after_the_block(tmp_path):
@@ -98,9 +98,9 @@ def test_a_folder_appears_whole_after_the_block(tmp_path):
     assert os.listdir(tmp_path / "new") == ["model"]
 
 
-def test_a_folder_is_replaced_whole(target):
+def test_an_existing_folder_changes_as_one_after_the_block(target):
     (target / "stale.bin").write_text("old")
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, owned=["*.bin"]) as folder:
         fill(folder, "new")
         assert set(read(target).values()) == {"old"}
     assert tree(target) == dict.fromkeys(FILES, b"new")
@@ -155,29 +155,121 @@ def test_names_of_the_longest_length_work(tmp_path):
     assert set(read(target).values()) == {"new"}
 
 
-def test_what_is_not_owned_is_carried_over(target):
+def add_files_of_the_user(target):
+    """Add files, folders and links to `target`; return the content that must stay."""
     (target / "notes.md").write_text("mine")
-    (target / "model-00001-of-00002.safetensors").write_text("stale")
-    (target / "checkpoint-5").mkdir()
-    (target / "checkpoint-5" / "state.bin").write_text("state")
+    (target / "annotations.json").write_text("mine")
+    (target / "checkpoint-5" / "deep").mkdir(parents=True)
+    (target / "checkpoint-5" / "deep" / "model.safetensors").write_text("mine")
+    (target / "sub" / "mine.txt").write_text("mine")
+    (target / "empty").mkdir()
     (target / "latest").symlink_to("checkpoint-5")
-    with atomic_folder(target, owned=["*.json", "*.safetensors", "sub"]) as folder:
+    mine = ["notes.md", "annotations.json", "checkpoint-5/deep/model.safetensors", "sub/mine.txt"]
+    return dict.fromkeys(mine, b"mine")
+
+
+@pytest.mark.parametrize("current", [False, True], ids=["exchanged", "in place"])
+def test_only_owned_files_are_removed(target, monkeypatch, current):
+    kept = add_files_of_the_user(target)
+    (target / "model-00001-of-00002.safetensors").write_text("stale")
+    (target / "sub" / "stale.png").write_text("stale")
+    if current:
+        monkeypatch.chdir(target)
+    with atomic_folder("." if current else target, owned=["*.json.old", "*.safetensors", "sub/*.png"]) as folder:
         fill(folder, "new")
-    carried = {"notes.md": b"mine", "checkpoint-5/state.bin": b"state"}
-    assert tree(target) == dict.fromkeys(FILES, b"new") | carried
+        assert set(read(target).values()) == {"old"}
+    assert tree(target) == dict.fromkeys(FILES, b"new") | kept
     assert os.readlink(target / "latest") == "checkpoint-5"
+    assert (target / "empty").is_dir()
+    assert not [name for name in os.listdir(target) if name.endswith(".partial")]
 
 
-def test_the_current_folder_and_files_are_refused(target, monkeypatch):
-    monkeypatch.chdir(target / "sub")
-    with pytest.raises(ValueError, match="holds the current folder, so it cannot"), atomic_folder(target):
-        pass
+def test_files_that_cannot_be_linked_stay_where_they_are(target, monkeypatch):
+    kept, inode = add_files_of_the_user(target), target.stat().st_ino
+
+    def refuse(*_, **__):
+        raise OSError(errno.EXDEV, "another filesystem is mounted here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with atomic_folder(target) as folder:
+        fill(folder, "new")
+    assert target.stat().st_ino == inode  # file by file
+    assert tree(target) == dict.fromkeys(FILES, b"new") | kept
+    assert os.listdir(target.parent) == ["model"]
+
+
+def test_what_another_program_writes_during_the_exchange_is_kept(target, monkeypatch):
+    (target / "log.txt").write_text("1")
+    exchange = atomic._move_into_place
+
+    def write_and_exchange(staging, folder):
+        (folder / "late.txt").write_text("late")
+        (folder / "log.txt").unlink()
+        (folder / "log.txt").write_text("12")
+        exchange(staging, folder)
+
+    monkeypatch.setattr(atomic, "_move_into_place", write_and_exchange)
+    with atomic_folder(target) as folder:
+        fill(folder, "new")
+    assert tree(target) == dict.fromkeys(FILES, b"new") | {"late.txt": b"late", "log.txt": b"12"}
+
+
+def test_a_folder_reached_by_a_link_inside_is_written_through_the_link(target, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    os.rename(target / "sub", tmp_path / "elsewhere" / "sub")
+    (target / "sub").symlink_to(tmp_path / "elsewhere" / "sub")
+    with atomic_folder(target) as folder:
+        fill(folder, "new")
+    assert (target / "sub").is_symlink()
+    assert set(read(target).values()) == {"new"}
+
+
+def test_in_place_the_description_is_removed_first_and_written_last(target, monkeypatch):
+    monkeypatch.chdir(target)
+    (target / "config.json").write_text("old")
+    (target / "model.safetensors").write_text("old")
+    replace, states = os.replace, []
+
+    def watch(source, destination):
+        states.append((target / "config.json").exists())
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", watch)
+    with atomic_folder(".") as folder:
+        for name in ("config.json", "model.safetensors", "notes.json"):
+            (folder / name).write_text("new")
+        states.append((target / "config.json").exists())
+    assert states == [True, False, False, False]
+    assert (target / "config.json").read_text() == "new"
+
+
+def test_a_file_and_a_folder_of_one_name_are_refused_and_nothing_changes(target):
+    before = tree(target)
+    with pytest.raises(NotADirectoryError, match=r"folder is to be written here, found a file: .*a\.json"):
+        write_below(target, "a.json/b")
+    with pytest.raises(IsADirectoryError, match=r"a file is to be written here, found a folder: .*sub"):
+        write_below(target, "sub")
     with pytest.raises(NotADirectoryError, match="expected a folder, got a file"), atomic_folder(target / "a.json"):
         pass
     with pytest.raises(IsADirectoryError, match="expected a file, got a folder"), atomic_file(target):
         pass
-    with pytest.raises(ValueError, match="mount point"), atomic_folder("/proc"):
-        pass
+    assert tree(target) == before
+
+
+def write_below(target, name):
+    with atomic_folder(target) as folder:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("new")
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_file(tmp_path / "pipe") as temporary:
+        temporary.write_text("new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 @pytest.mark.reliability(row="L07")
@@ -336,19 +428,6 @@ for _ in range(5):
     assert drive(code, tmp_path / "model").splitlines() == ["0 0 0 0 0 0 0 0 model"] * 5
 
 
-def test_a_steady_folder_shows_one_state_while_it_is_replaced(target):
-    with steady_folder(target) as steady:
-        first = (steady / "a.json").read_text()
-        with atomic_folder(target) as folder:
-            fill(folder, "new")
-        assert first == "old"
-        assert set(read(steady).values()) == {"old"}
-        assert set(read(target).values()) == {"new"}
-    with atomic_folder(target) as folder:  # what the reader held is removed by the next writer
-        fill(folder, "newer")
-    assert os.listdir(target.parent) == ["model"]
-
-
 @pytest.mark.reliability(row="L01")
 def test_readers_never_see_a_mixture_while_writers_replace_the_folder(tmp_path):
     code = """
@@ -365,10 +444,13 @@ for index in range(60):
     def keep_reading():
         while any(writer.poll() is None for writer in writers):
             try:
-                with steady_folder(target) as steady:
-                    seen = set(read(steady).values())
-            except OSError as error:
-                failures.append(error)
+                before = target.stat()
+                seen = set(read(target).values())
+                after = target.stat()
+                if (before.st_ino, before.st_ctime_ns) != (after.st_ino, after.st_ctime_ns):  # inodes are used again
+                    continue  # the folder was replaced meanwhile: its files are read again
+            except FileNotFoundError:
+                continue
             else:
                 states.update(seen)
                 failures.extend([seen] * (len(seen) - 1))

@@ -1,1 +1,21 @@
-"""Bytes on disk: safe reading and atomic writing of weight files. Knows no model."""
+"""Bytes on disk: safe reading and atomic writing of files. Knows no model; the commands write through it."""
+
+from hf_vit.files.atomic import atomic_file, atomic_folder
+from hf_vit.files.errors import CheckpointError
+from hf_vit.files.npz import open_arrays
+from hf_vit.files.output import check_output, check_output_file, check_outputs, owned_files
+from hf_vit.files.torch_files import find_weights, open_tensors
+
+
+__all__ = [
+    "CheckpointError",
+    "atomic_file",
+    "atomic_folder",
+    "check_output",
+    "check_output_file",
+    "check_outputs",
+    "find_weights",
+    "open_arrays",
+    "open_tensors",
+    "owned_files",
+]

@@ -1,17 +1,20 @@
-"""Files and folders that appear whole or not at all, and folders that one process holds.
+"""Atomic writing of files and folders, and folders that one process holds.
 
-A writer fills a hidden sibling of its target, on the same filesystem; only when that is complete and on the disk does
-it take the target's place, in one system call. Whatever interrupts - an exception, a full disk, SIGKILL - leaves the
-old target as it was.
+A writer fills a hidden sibling of its target; when that is complete and on the disk, one system call puts it in
+place, so that an exception, a full disk or SIGKILL leaves the old target as it was. Files of a folder that the writer
+does not own stay in it.
 
-The sibling is a folder `.NAME.<16 hex digits>.partial`, under an advisory lock (flock) for as long as its writer
-lives. The kernel drops the lock when the writer dies, so the next writer of the same target knows which siblings are
-dead, and removes those only. Two
-writers of one target never meet: each has its own sibling, and who comes last replaces the other's work whole.
+The sibling is a folder `.NAME.<16 hex digits>.partial`, under an advisory lock (flock) as long as its writer lives.
+The kernel releases the lock when the writer dies, so the next writer of the same target removes abandoned siblings
+only. Concurrent writers of one target have a sibling each; the last one wins.
 
-Folders are exchanged by renameat2(RENAME_EXCHANGE). Where the system has none (macOS, some network filesystems) the
-old folder steps aside first (`.NAME.<...>.old`): between two renames there is no target, and a writer killed right
-there leaves it to the next writer to put the old one back. Where there is no flock, dead siblings stay.
+Folders are exchanged by renameat2(RENAME_EXCHANGE). Where the system does not have it (macOS, some network
+filesystems) the old folder steps aside first (`.NAME.<...>.old`): between two renames there is no target, and the next
+writer puts the old folder back if its writer was killed there. Without flock, abandoned siblings stay.
+
+A folder that cannot be exchanged (a mount point, the current folder, files that cannot be hard-linked) is filled file
+by file: the files that describe the others (config.json, an index) are removed first and written last, so that a kill
+in between leaves a folder that does not open, never a mixture that does.
 """
 
 import contextlib
@@ -24,30 +27,41 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Collection, Generator
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 
 
 LOCK_NAME = ".lock"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_DESCRIPTIONS = ("config.json", "*.index.json", "index.html")
 _held_locks: set[str] = set()
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, *, needed: int | None = None) -> Generator[Path]:
-    """Yield a temporary path to write to; after the block it is at `path`, after an exception nothing has changed.
+    """Yield a temporary path to write to, which moves to `path` after the block; an exception leaves `path` unchanged.
+
+    A device or a pipe (`/dev/stdout`) is written to instead of replaced.
 
     Args:
-        needed: bytes about to be written, where known: refused at once if the disk has less.
+        needed: Bytes about to be written, where known: refused at once if the disk has less.
+
     Raises:
-        OSError: the disk is full (ENOSPC; says how much is free and needed), or `path` is a folder.
+        OSError: if the disk is full (ENOSPC; says how much is free and needed), or `path` is a folder.
     """
-    target = Path(path).resolve()
-    if target.is_dir():
+    if Path(path).is_dir():
         raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder; name a file in it", str(path))
-    with _staging(target, needed) as staging:
+    if is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, "content")
+            with Path(folder, "content").open("rb") as content, open(path, "wb") as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    target = Path(path).resolve()
+    with _staging(target.parent, target.name, needed) as staging:
         temporary = staging / target.name
         yield temporary
         _settle(staging)
@@ -59,62 +73,43 @@ def atomic_file(path: str | Path, *, needed: int | None = None) -> Generator[Pat
 def atomic_folder(
     path: str | Path, *, needed: int | None = None, owned: Collection[str] | None = None
 ) -> Generator[Path]:
-    """Yield a temporary folder to fill; after the block it is at `path`, after an exception nothing has changed.
+    """Yield a temporary folder to fill, whose files move to `path` after the block; an exception changes nothing.
+
+    Everything else in an existing folder stays, except what `owned` names. Inside the temporary folder of another
+    writer, whose target will change as one, the yielded folder is `path` itself.
 
     Args:
-        needed: bytes about to be written, where known: refused at once if the disk has less.
-        owned: patterns (as in `*.safetensors`) of what belongs to the thing that is written. What the old folder holds
-            beside these and was not written anew (notes, training checkpoints) is carried over, as hard links. None:
-            the folder is replaced as a whole and nothing is carried over.
+        needed: Bytes about to be written, where known: refused at once if the disk has less.
+        owned: Patterns of relative paths (`model-*.safetensors`, `figures/*.png`; `*` does not match `/`) of files
+            that an earlier writer may have left and that must not stay beside the new ones.
+
     Raises:
-        OSError: the disk is full (ENOSPC; says how much is free and needed), or `path` is a file.
-        ValueError: `path` is the current folder or holds it, or is a mount point; those cannot be exchanged.
+        OSError: if the disk is full (ENOSPC; says how much is free and needed), `path` is a file, or a file is where a
+            folder is to be written, or the reverse.
     """
     target = Path(path).resolve()
-    _check_replaceable(target)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "expected a folder, got a file; choose another name", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _staging(target, needed) as staging:
+    if is_being_written(target):
+        target.mkdir(exist_ok=True)
+        yield target
+        return
+    in_place = why_irreplaceable(target) is not None
+    with _staging(target if in_place else target.parent, target.name or "root", needed) as staging:
         yield staging
         _settle(staging)
-        if target.is_dir():
-            _carry_over(target, staging, ("*",) if owned is None else owned)
-            staging.chmod(stat.S_IMODE(target.stat().st_mode))
-        for folder, _, _ in os.walk(staging, topdown=False):
-            _sync(folder)
-        _move_into_place(staging, target)
+        if not target.is_dir():
+            _sync_folders(staging)
+            _move_into_place(staging, target)
+        else:
+            _replace_folder(staging, target, owned or (), in_place=in_place)
         _sync(target.parent)
 
 
 @contextlib.contextmanager
-def steady_folder(path: str | Path) -> Generator[Path]:
-    """Yield a path under which the folder's present content stays readable, even while writers replace the folder.
-
-    Opening several files of one folder by its name can meet the old folder for the first and the new one for the
-    second. The yielded path (`/proc/self/fd/N`; the folder's own where there is no /proc) means one folder for good:
-    writers of this module leave what they replaced in place until its readers are done. Use it inside the block only,
-    and record `path`, not the yielded one. The temporary folder of a writer, who reads what he has written so far, is
-    yielded as it is.
-    """
-    if is_being_written(Path(path).resolve()):  # its lock is the writer's, who would wait for himself
-        yield Path(path)
-        return
-    while True:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with contextlib.suppress(OSError):  # no flock here: nothing removes it either
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if not _is_at(descriptor, path):
-                continue
-            steady = Path(f"/proc/self/fd/{descriptor}")
-            yield steady if steady.is_dir() else Path(path)
-            return
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
 def exclusive_lock(folder: str | Path) -> Generator[None]:
-    """Hold `folder` (made if missing) for this process alone; however the process ends, the kernel lets go.
+    """Hold `folder` (made if missing) for this process alone, until the block or the process ends.
 
     Raises:
         RuntimeError: another process, or this one, holds it already; says which.
@@ -155,7 +150,7 @@ def exclusive_lock(folder: str | Path) -> Generator[None]:
 
 
 def why_irreplaceable(folder: Path) -> str | None:
-    """Say why `folder` (a resolved path) cannot be exchanged for another, if so: the end of a sentence about it."""
+    """Return why `folder` (a resolved path) cannot be exchanged for another, as the end of a sentence, or None."""
     with contextlib.suppress(FileNotFoundError):  # the current folder itself may be gone
         if Path.cwd().is_relative_to(folder):
             return "holds the current folder"
@@ -167,65 +162,80 @@ def why_irreplaceable(folder: Path) -> str | None:
 
 
 def is_being_written(folder: Path) -> bool:
-    """Say whether `folder` is, or lies in, the temporary folder of a writer."""
+    """Return whether `folder` is, or lies in, the temporary folder of a writer."""
     return any(re.fullmatch(r"\..*\.[0-9a-f]{16}\.partial", part) for part in folder.parts)
+
+
+def is_special(path: str | Path) -> bool:
+    """Return whether `path` is a device, a pipe or a socket: something to write to, not to replace."""
+    path = Path(path)
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def matches(path: PurePath, patterns: Collection[str]) -> bool:
+    """Return whether a relative path matches one of `patterns`, part by part, so that `*` does not match `/`."""
+    return any(
+        len(parts) == len(path.parts) and all(map(fnmatchcase, path.parts, parts))
+        for parts in (PurePath(pattern).parts for pattern in patterns)
+    )
 
 
 # -- the hidden sibling -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _staging(target: Path, needed: int | None) -> Generator[Path]:
-    """Yield a new, empty, locked sibling folder of `target`; remove afterwards whatever is at its path then."""
-    _sweep(target)
-    free = shutil.disk_usage(target.parent).free
+def _staging(parent: Path, name: str, needed: int | None) -> Generator[Path]:
+    """Yield a new, empty, locked folder in `parent` for the target `name`; remove what is at its path afterwards."""
+    _sweep(parent, name)
+    free = shutil.disk_usage(parent).free
     if needed is not None and free < needed:
-        raise OSError(errno.ENOSPC, f"disk full: {free} bytes free, {needed} needed; nothing was written", str(target))
-    staging, lock = _make_sibling(target)
+        message = f"disk full: {free} bytes free, {needed} needed; nothing was written"
+        raise OSError(errno.ENOSPC, message, str(parent / name))
+    staging, lock = _make_sibling(parent, name)
     try:
         yield staging
     except Exception as error:
         code = _disk_full_code(error)
         if code is None:
             raise
-        raise OSError(code, _explain_disk_full(code, staging, needed), str(target)) from error
+        raise OSError(code, _explain_disk_full(code, staging, needed), str(parent / name)) from error
     finally:
         _unlock(lock)
         os.close(lock)
         _remove_unless_in_use(staging, known_dead=True)
         with contextlib.suppress(OSError):
-            _sweep(target)  # a writer that replaced our folder while we had it locked could not remove it
+            _sweep(parent, name)  # a writer that replaced this folder while it was locked could not remove it
 
 
-def _make_sibling(target: Path) -> tuple[Path, int]:
+def _make_sibling(parent: Path, name: str) -> tuple[Path, int]:
     while True:
-        staging = target.with_name(f"{_sibling_prefix(target)}{secrets.token_hex(8)}.partial")
+        staging = parent / f"{_sibling_prefix(name)}{secrets.token_hex(8)}.partial"
         staging.mkdir()
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
             if _lock_alone(lock) is not False and _is_at(lock, staging):
                 return staging, lock
-            os.close(lock)  # another writer took it for dead between mkdir and flock, and removes it
+            os.close(lock)  # another writer took it for abandoned between mkdir and flock, and removes it
 
 
-def _sibling_prefix(target: Path) -> str:
-    return "." + os.fsdecode(os.fsencode(target.name)[:200]) + "."
+def _sibling_prefix(name: str) -> str:
+    return "." + os.fsdecode(os.fsencode(name)[:200]) + "."
 
 
-def _sweep(target: Path) -> None:
-    """Remove the siblings that dead writers left; put back an old folder that stepped aside for nothing."""
+def _sweep(parent: Path, target: str) -> None:
+    """Remove the siblings that dead writers left; put back an old folder that stepped aside before a kill."""
     pattern = re.compile(re.escape(_sibling_prefix(target)) + r"[0-9a-f]{16}\.(partial|old)")
-    for name in sorted(os.listdir(target.parent)):
+    for name in sorted(os.listdir(parent)):
         if match := pattern.fullmatch(name):
-            if match[1] == "old" and not target.exists():
+            if match[1] == "old" and not (parent / target).exists():
                 with contextlib.suppress(FileNotFoundError):
-                    os.rename(target.with_name(name), target)
+                    os.rename(parent / name, parent / target)
             else:
-                _remove_unless_in_use(target.with_name(name))
+                _remove_unless_in_use(parent / name)
 
 
 def _remove_unless_in_use(folder: Path, *, known_dead: bool = False) -> None:
-    """Remove `folder` if neither a living writer nor a reader holds it; without flock, only if known to be dead."""
+    """Remove `folder` if no living writer holds it; without flock, only if its writer is known to be dead."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -249,13 +259,13 @@ def _lock_alone(descriptor: int) -> bool | None:
 
 
 def _unlock(descriptor: int) -> None:
-    """Let go at once: closing alone would not while a forked child still has the descriptor."""
+    """Release the lock at once: closing alone does not while a forked child still has the descriptor."""
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _is_at(descriptor: int, path: str | Path) -> bool:
-    """Say whether `path` still names what `descriptor` has open."""
+    """Return whether `path` still names what `descriptor` has open."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -282,18 +292,10 @@ def _explain_disk_full(code: int, staging: Path, needed: int | None) -> str:
 # -- into place -------------------------------------------------------------------------------------------------------
 
 
-def _check_replaceable(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "expected a folder, got a file; choose another name", str(target))
-    reason = why_irreplaceable(target)
-    if reason is not None:
-        raise ValueError(f"{target} {reason}, so it cannot be replaced whole: write to a folder inside it")
-
-
 def _settle(staging: Path) -> None:
-    """Give everything that was written the modes that the umask asks for, and bring the files' data to the disk.
+    """Give everything that was written the modes that the umask requests, and bring the files' data to the disk.
 
-    Some writers (safetensors, tempfile) make files that only their owner may read. The kernel made `staging` by the
+    Some writers (safetensors, tempfile) make files that only their owner may read. The kernel made `staging` with the
     umask.
     """
     mode = stat.S_IMODE(staging.stat().st_mode) & 0o777
@@ -315,22 +317,110 @@ def _sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _carry_over(old: Path, new: Path, owned: Collection[str]) -> None:
-    for entry in os.scandir(old):
-        is_owned = any(fnmatchcase(entry.name, pattern) for pattern in owned) and entry.name != LOCK_NAME
-        if is_owned or os.path.lexists(new / entry.name):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.copytree(entry.path, new / entry.name, symlinks=True, copy_function=_link)
-        else:
-            _link(entry.path, new / entry.name)
+def _sync_folders(top: Path) -> None:
+    for folder, _, _ in os.walk(top, topdown=False):
+        _sync(folder)
 
 
-def _link(source: str, destination: str | Path) -> None:
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:  # a filesystem without hard links, or another one mounted here
-        shutil.copy2(source, destination, follow_symlinks=False)
+def _replace_folder(staging: Path, target: Path, owned: Collection[str], *, in_place: bool) -> None:
+    """Put what `staging` holds into the existing folder `target`: by exchange where possible, else file by file."""
+    written = set(_files_in(staging))
+    _check_kinds(written, target)
+    if not in_place and (kept := _carry_over(target, staging, owned)) is not None:
+        _copy_owner_and_mode(target, staging)
+        _sync_folders(staging)
+        _move_into_place(staging, target)
+        _rescue(staging, target, written, kept, owned)
+    else:
+        _move_files(staging, target, written, owned)
+
+
+def _files_in(top: Path) -> Generator[PurePath]:
+    """Yield the relative path of every file, link, and device below `top`; links to folders are not followed."""
+    for folder, folders, files in os.walk(top):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in [*files, *links]:
+            yield PurePath(folder, name).relative_to(top)
+
+
+def _check_kinds(written: Collection[PurePath], target: Path) -> None:
+    """Refuse a user's folder where a file is to be written, and a user's file where a folder is."""
+    for path in written:
+        if (target / path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a file is to be written here, found a folder", str(target / path))
+        for parent in path.parents[:-1]:
+            if os.path.lexists(target / parent) and not (target / parent).is_dir():
+                message = "a folder is to be written here, found a file"
+                raise NotADirectoryError(errno.ENOTDIR, message, str(target / parent))
+
+
+def _carry_over(old: Path, new: Path, owned: Collection[str]) -> dict[PurePath, int] | None:
+    """Hard-link into `new` what `old` holds besides and `owned` does not name.
+
+    Returns:
+        The inode of each file that was linked, by its relative path; None where that is not possible.
+    """
+    kept: dict[PurePath, int] = {}
+    for folder, folders, files in os.walk(old):
+        here = PurePath(folder).relative_to(old)
+        paths = [here / name for name in files]
+        for path in [here / name for name in folders]:
+            if (old / path).is_symlink():
+                if (new / path).is_dir():
+                    return None  # written through the link, into the folder that it names
+                paths.append(path)
+        stay = [path for path in paths if not os.path.lexists(new / path) and not matches(path, owned)]
+        if (stay or not paths) and not (new / here).is_dir():
+            _make_folders_like(old, new, here)
+        for path in stay:
+            try:
+                os.link(old / path, new / path, follow_symlinks=False)
+            except FileNotFoundError:  # its owner removed it meanwhile
+                continue
+            except OSError:  # a filesystem without hard links, another one mounted here, or a file of another user
+                return None
+            kept[path] = (new / path).lstat().st_ino
+    return kept
+
+
+def _make_folders_like(old: Path, new: Path, path: PurePath) -> None:
+    for each in [*reversed(path.parents[:-1]), path]:
+        if not (new / each).is_dir():
+            (new / each).mkdir()
+            _copy_owner_and_mode(old / each, new / each)
+            shutil.copystat(old / each, new / each)
+
+
+def _copy_owner_and_mode(old: Path, new: Path) -> None:
+    state = old.stat()
+    with contextlib.suppress(PermissionError):
+        os.chown(new, state.st_uid, state.st_gid)
+    new.chmod(stat.S_IMODE(state.st_mode))
+
+
+def _rescue(
+    old: Path, target: Path, written: Collection[PurePath], kept: dict[PurePath, int], owned: Collection[str]
+) -> None:
+    """Move to `target` what another program has put into the old folder since it was looked through."""
+    for path in list(_files_in(old)):
+        with contextlib.suppress(FileNotFoundError):
+            is_new = path not in kept and path not in written and not matches(path, owned)
+            if is_new or (path in kept and (old / path).lstat().st_ino != kept[path]):
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(old / path, target / path)
+
+
+def _move_files(staging: Path, target: Path, written: Collection[PurePath], owned: Collection[str]) -> None:
+    """Replace the files of `target` one by one; what describes the others goes first and comes last."""
+    descriptions = [path for path in written if matches(path, _DESCRIPTIONS)]
+    stale = [path for path in _files_in(target) if matches(path, owned) and path not in written]
+    for path in [*descriptions, *stale]:
+        (target / path).unlink(missing_ok=True)
+    for path in sorted(written, key=lambda path: (path in descriptions, path.name == "config.json", path)):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / path, target / path)
+    for folder in {(target / path).parent for path in written} | {target}:
+        _sync(folder)
 
 
 def _move_into_place(staging: Path, target: Path) -> None:
@@ -353,7 +443,7 @@ def _exchange(staging: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
-        aside = target.with_name(f"{_sibling_prefix(target)}{secrets.token_hex(8)}.old")
+        aside = target.with_name(f"{_sibling_prefix(target.name)}{secrets.token_hex(8)}.old")
         os.rename(target, aside)
         try:
             os.rename(staging, target)

@@ -1,4 +1,4 @@
-"""Files that hold named arrays: reading foreign ones safely, writing them whole.
+"""Files of named arrays: reading foreign ones safely, writing them atomically.
 
 `open_arrays` takes a NumPy `.npz` (a zip of `.npy` members) or a Flax msgpack checkpoint (`checkpoint_<step>`).
 Everything that the file announces - zip directory, array headers, sizes - is read and checked first; only then, one
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hf_vit.files import dtypes
 from hf_vit.files.atomic import atomic_file
 from hf_vit.files.errors import CheckpointError
 from hf_vit.files.flax_msgpack import MAX_DIMENSIONS, MAX_NAME, scan_arrays
@@ -35,12 +36,6 @@ MAX_INFLATION = 20  # deflated weights gain about 8%; a file may also hold all-z
 FREE_INFLATION = 32 << 20  # bytes that any file may unpack to, however small it is
 _AGAIN = "the file is damaged: download or export it again"
 _REWRITE = "rewrite the file with numpy.savez"
-_NPY_DTYPES = {
-    "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "V2": torch.bfloat16,
-    "i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64,
-    "u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32, "u8": torch.uint64,
-}  # fmt: skip
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NPY_DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,8 @@ class ArrayFile:
     """The arrays of one file: names, shapes and dtypes known from the headers, data read on request.
 
     Closing (or leaving the `with` block) ends reading; tensors already read stay valid. A file that another process
-    truncates in place while it is open kills the reader (SIGBUS), as with any memory map; one that is replaced whole
-    does not.
+    truncates in place while it is open kills the reader (SIGBUS), as with any memory map; one that is replaced
+    atomically does not.
     """
 
     def __init__(self, path: Path, kind: str, stored: dict[str, _Stored], data: mmap.mmap):
@@ -203,11 +198,11 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: torch.dtype, nbytes: 
 def _scan_msgpack(data: mmap.mmap) -> dict[str, _Stored]:
     stored = {}
     for name, array in scan_arrays(data).items():
-        if array.dtype not in _DTYPES:
+        if array.dtype not in dtypes.FLAX:
             raise ValueError(
-                f"{name}: expected real numbers, got dtype {array.dtype!r}; leave it out of the checkpoint"
+                f"{name}: expected real values, got dtype {array.dtype!r}; leave it out of the checkpoint"
             )
-        dtype = _DTYPES[array.dtype]
+        dtype = dtypes.FLAX[array.dtype]
         nbytes = dtype.itemsize if array.value is not None else sum(size for _, size in array.pieces)
         _check_array(name, array.shape, dtype, nbytes)
         stored[name] = _Stored(dtype, array.shape, array.pieces, array.value)
@@ -375,10 +370,10 @@ def _read_npy_header(data: mmap.mmap, member: _Member, name: str) -> _Stored:
     match = re.fullmatch(r"([<>=|])(f[248]|[iu][1248]|V2)", descr) if isinstance(descr, str) else None
     if match is None or match[0] == ">V2":
         raise ValueError(
-            f"{name}: expected real numbers (V2: bfloat16), got dtype {descr!r:.200}; leave this array out of the file"
+            f"{name}: expected real values (V2: bfloat16), got dtype {descr!r:.200}; leave this array out of the file"
         )
     order, kind = match.groups()
-    dtype = _NPY_DTYPES[kind]
+    dtype = dtypes.NPY[kind]
     _check_array(name, shape, dtype, member.size - header)
     return _Stored(
         dtype,
@@ -498,13 +493,13 @@ def _join(data: mmap.mmap, array: _Stored) -> bytearray:
 
 
 def write_npz(path: str | Path, arrays: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write arrays to an .npz one by one, with the bytes of `numpy.savez`; `path` appears whole or not at all.
+    """Write arrays to an .npz one by one, with the bytes of `numpy.savez`; `path` is replaced atomically.
 
     Args:
         arrays: (name, tensor) pairs; a tensor is needed only until the next is asked for. bfloat16 is written as
             NumPy's 2-byte void, as JAX programs do.
     Raises:
-        ValueError: a name twice, a name that no reader here would take, or a dtype other than real numbers.
+        ValueError: a name twice, a name that no reader here would take, or a dtype other than real values.
     """
     names: set[str] = set()
     with (
@@ -515,8 +510,8 @@ def write_npz(path: str | Path, arrays: Iterable[tuple[str, torch.Tensor]]) -> N
             if name in names:
                 raise ValueError(f"{path}: expected every name once, got {name!r} twice")
             names.add(name)
-            if tensor.dtype not in _DTYPES.values():
-                raise ValueError(f"{path}: {name}: expected real numbers, got {tensor.dtype}; convert it first")
+            if tensor.dtype not in dtypes.FLAX.values():
+                raise ValueError(f"{path}: {name}: expected real values, got {tensor.dtype}; convert it first")
             _check_array(name, tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.dtype.itemsize)
             values = tensor.detach().cpu().contiguous()
             is_bfloat16 = values.dtype == torch.bfloat16

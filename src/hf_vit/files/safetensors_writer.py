@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from hf_vit.files.dtypes import SAFETENSORS
+
 
 class PlannedTensor(NamedTuple):
     """A tensor of a file to be: what its header needs, and a function that gives its data."""
@@ -28,7 +30,7 @@ class PlannedTensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 
 
 def write_safetensors(
@@ -70,7 +72,7 @@ def _write_file(path: Path, entries: list[PlannedTensor], progress: tqdm) -> Non
     offset = 0
     for entry in entries:
         end = offset + entry.nbytes
-        header[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
