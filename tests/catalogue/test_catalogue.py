@@ -4,7 +4,9 @@ import re
 import pytest
 import timm
 
-from hf_vit.catalogue.entries import AugRegName, CatalogueEntry, find, is_published, read_catalogue, to_https
+from hf_vit import HfViTForImageClassification
+from hf_vit.catalogue import AugRegName, CatalogueEntry, format_catalogue, suggest
+from hf_vit.catalogue.entries import find, is_published, read_catalogue, to_https
 
 
 R_TI_16 = "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.npz"
@@ -126,7 +128,7 @@ def test_an_address_of_another_place_is_not_taken_for_a_published_file():
 
 
 def test_an_unknown_name_lists_the_closest():
-    with pytest.raises(ValueError, match=r"'ViT-B-16' is no published .* closest names are ViT-B_16"):
+    with pytest.raises(ValueError, match=r"unknown checkpoint 'ViT-B-16': did you mean ViT-B_16"):
         find("ViT-B-16")
 
 
@@ -210,3 +212,29 @@ def test_what_is_no_augreg_name_is_refused(good, bad):
     assert good in R_TI_16
     with pytest.raises(ValueError, match="not the name of an AugReg file"):
         AugRegName.parse(R_TI_16.replace(good, bad, 1))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("ViT-B-16", "ViT-B_16"), ("imagenet21k/vit-b_16", "imagenet21k/ViT-B_16"), ("ViTB_32", "ViT-B_32")],
+)
+def test_a_mistyped_name_is_answered_at_once_with_the_closest_names(typed, meant):
+    assert suggest(typed)[0] == meant
+    with pytest.raises(FileNotFoundError, match=f"did you mean {meant}"):
+        HfViTForImageClassification.from_pretrained(typed)
+    assert suggest("bert-base-uncased") == []
+
+
+@pytest.mark.parametrize("path", ["/nope/vit-b-16", "./nope", "a/b/c", "../nope"])
+def test_a_path_that_does_not_exist_is_named_at_once(path):
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(path)}: no such file or folder"):
+        HfViTForImageClassification.from_pretrained(path)
+
+
+def test_the_table_of_the_catalogue_lists_every_file_and_can_be_filtered():
+    assert len(format_catalogue().splitlines()) == len(read_catalogue()) + 1
+    header, *rows = format_catalogue("flexivit_s").splitlines()
+    assert header.split()[:4] == ["name", "model", "MiB", "pixels"]
+    assert [row.split()[0] for row in rows] == [name for name in read_catalogue() if "flexivit_s" in name]
+    assert "82.58 imagenet2012" in rows[0]
+    assert rows[0].endswith("timm results/results-imagenet.csv")

@@ -248,7 +248,7 @@ def test_offline_mode_uses_the_cache_and_opens_no_connection(tmp_path):
         path = fetch_now(server.url, tmp_path)
         assert fetch(server.url, cache_dir=tmp_path) == path  # HF_HUB_OFFLINE=1 in every test
         path.write_bytes(CONTENT[:-1])
-        with pytest.raises(DownloadError, match=r"does not have the digest.*HF_HUB_OFFLINE"):
+        with pytest.raises(DownloadError, match=r"does not have the expected checksum.*HF_HUB_OFFLINE"):
             fetch(server.url, cache_dir=tmp_path)
         with pytest.raises(DownloadError, match=r"not in the cache.*HF_HUB_OFFLINE"):
             fetch("ViT-B_16", cache_dir=tmp_path)
@@ -337,7 +337,7 @@ def test_only_https_is_fetched_from_other_machines(tmp_path, url):
 
 
 def test_an_unknown_name_is_an_error_with_the_closest_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"ViT-B16.*closest names are ViT-B_16"):
+    with pytest.raises(ValueError, match=r"ViT-B16.*did you mean ViT-B_16"):
         fetch_now("ViT-B16", tmp_path)
 
 

@@ -1,7 +1,7 @@
-"""Published files brought into a local cache: resumed where they stopped, checked before every use.
+"""Downloads of published files into a local cache: resumed where they stopped, checked before every use.
 
-A file lies in the cache as `<digest of the address>/<file name>`, beside `<file name>.pin.json` (address, size,
-sha256). No public list of digests exists for the published files, so the pin is written at the first download and
+A file lies in the cache as `<hash of the address>/<file name>`, beside `<file name>.pin.json` (address, size,
+sha256). No public list of checksums exists for the published files, so the pin is written at the first download and
 holds from then on: a cached file whose bytes differ from it is fetched again, and a server that later gives other
 bytes is refused.
 """
@@ -126,9 +126,9 @@ def fetch(
     if _is_intact(target):
         return target.path
     if offline:
-        state = "does not have the digest that it should have" if target.path.exists() else "is not in the cache"
+        state = "does not have the expected checksum" if target.path.exists() else "is not in the cache"
         raise DownloadError(
-            f"{target.url} {state} ({target.path}) and offline mode forbids to fetch it: "
+            f"{target.url} {state} ({target.path}) and offline mode does not allow downloading it: "
             "unset HF_HUB_OFFLINE, or give the path of a local file",
             mirrors=target.mirrors,
         )
@@ -136,7 +136,7 @@ def fetch(
     with WeakFileLock(target.beside(".lock")):
         if not _is_intact(target):  # another process may have fetched it meanwhile
             if target.path.exists():
-                logger.warning("%s does not have the digest that it should have: fetching it again", target.path)
+                logger.warning("%s does not have the expected checksum: fetching it again", target.path)
             _download(target, retries=retries, backoff=backoff, timeout=timeout, progress=progress)
     return target.path
 

@@ -1,13 +1,12 @@
 """The published checkpoints: where each file is, what it holds and how well it does; the AugReg file names.
 
-The figures are in `catalogue.toml`, each with its source. What the name of an AugReg file says is not repeated there:
+The values are in `entries.toml`, each with its source. What the name of an AugReg file says is not repeated there:
 `AugRegName` reads it, so that all 52,268 files of that folder resolve, not only the listed ones.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, unquote
 
+from hf_vit.catalogue.augreg import AugRegName
 from hf_vit.catalogue.labels import Head
 
 
@@ -25,21 +25,6 @@ GOOGLE_STORAGE = "https://storage.googleapis.com/"
 _VIT_MODELS = "gs://vit_models/"
 _AUGREG_FOLDER = f"{_VIT_MODELS}augreg/"
 
-# the reference's rule for AugReg's model names: the preset without "ViT-", "+" written "_"
-_AUGREG_PRESETS = {
-    "Ti_16": "ViT-Ti_16",
-    "S_16": "ViT-S_16",
-    "S_32": "ViT-S_32",
-    "B_8": "ViT-B_8",
-    "B_16": "ViT-B_16",
-    "B_32": "ViT-B_32",
-    "L_16": "ViT-L_16",
-    "R_Ti_16": "R+ViT-Ti_16",
-    "R26_B_32": "R26+ViT-B_32",
-    "R26_S_32": "R26+ViT-S_32",
-    "R50_L_32": "R50+ViT-L_32",
-}
-_AUGREG_STEPS = {"0k": 500, "2k": 2500, "10k": 10000, "20k": 20000}
 _AUGREG_CLASSES = {
     "i1k": 1000,
     "i21k": 21843,
@@ -49,97 +34,6 @@ _AUGREG_CLASSES = {
     "oxford_iiit_pet": 37,
     "resisc45": 45,
 }
-_AUGREG_GRAMMAR = (
-    "MODEL-{i1k|i21k}-{E}ep-lr_{LR}-aug_{none|light0|light1|medium1|medium2|strong1|strong2}-wd_{WD}-do_{DO}-sd_{SD}"
-    "[--{DATASET}-steps_{0k|2k|10k|20k}-lr_{LR}-res_{RES}][.npz]"
-)
-_AUGREG_PATTERN = re.compile(
-    rf"(?P<model>{'|'.join(_AUGREG_PRESETS)})-(?P<dataset>i1k|i21k|i21k_30)-(?P<epochs>[1-9][0-9]*)ep"
-    r"-lr_(?P<learning_rate>[0-9.e-]+?)-aug_(?P<augmentation>none|light0|light1|medium1|medium2|strong1|strong2)"
-    r"-wd_(?P<weight_decay>[0-9.e-]+?)-do_(?P<dropout>[0-9.e-]+?)-sd_(?P<stochastic_depth>[0-9.e-]+?)"
-    r"(?:--(?P<to_dataset>cifar100|imagenet2012|kitti|oxford_iiit_pet|resisc45)-steps_(?P<steps>0k|2k|10k|20k)"
-    r"-lr_(?P<to_learning_rate>[0-9.e-]+?)-res_(?P<resolution>[1-9][0-9]*))?(?:\.npz)?",
-    re.ASCII,
-)
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """The second half of an AugReg name: how the pre-trained model was fine-tuned.
-
-    `steps` counts optimizer steps: the names' `0k` is 500 and `2k` is 2,500. `resolution` is in pixels.
-    """
-
-    dataset: str
-    steps: int
-    learning_rate: float
-    resolution: int
-
-    def __str__(self) -> str:
-        steps = next(text for text, steps in _AUGREG_STEPS.items() if steps == self.steps)
-        return f"{self.dataset}-steps_{steps}-lr_{self.learning_rate}-res_{self.resolution}"
-
-
-@dataclass(frozen=True)
-class AugRegName:
-    """What the name of an AugReg file says; `str()` gives the name back, character by character.
-
-    Source: vision_transformer, README and vit_jax_augreg.ipynb; "How to train your ViT?", arXiv:2106.10270.
-    """
-
-    model: str
-    dataset: str
-    epochs: int
-    learning_rate: float
-    augmentation: str
-    weight_decay: float
-    dropout: float
-    stochastic_depth: float
-    adaptation: Adaptation | None = None
-
-    @classmethod
-    def parse(cls, name: str) -> AugRegName:
-        """Read a file name, with or without `.npz`, of a pre-trained or of a fine-tuned model.
-
-        Raises:
-            ValueError: if the name is not of this grammar, or writes a number as no published file does (`0.10`).
-        """
-        match = _AUGREG_PATTERN.fullmatch(name)
-        if match is None:
-            raise ValueError(f"not the name of an AugReg file: expected {_AUGREG_GRAMMAR}, got {name!r}")
-        part = match.groupdict()
-        numbers = {key: _read_number(part[key], name) for key in ("learning_rate", "weight_decay", "dropout")}
-        adaptation = None
-        if part["to_dataset"]:
-            to_learning_rate = _read_number(part["to_learning_rate"], name)
-            adaptation = Adaptation(
-                part["to_dataset"], _AUGREG_STEPS[part["steps"]], to_learning_rate, int(part["resolution"])
-            )
-        return cls(
-            model=part["model"],
-            dataset=part["dataset"],
-            epochs=int(part["epochs"]),
-            augmentation=part["augmentation"],
-            stochastic_depth=_read_number(part["stochastic_depth"], name),
-            adaptation=adaptation,
-            **numbers,
-        )
-
-    @property
-    def filename(self) -> str:
-        return f"{self}.npz"
-
-    @property
-    def preset(self) -> str:
-        """The key of PRESETS: `R26_S_32` is `R26+ViT-S_32`."""
-        return _AUGREG_PRESETS[self.model]
-
-    def __str__(self) -> str:
-        upstream = (
-            f"{self.model}-{self.dataset}-{self.epochs}ep-lr_{self.learning_rate}-aug_{self.augmentation}"
-            f"-wd_{self.weight_decay}-do_{self.dropout}-sd_{self.stochastic_depth}"
-        )
-        return f"{upstream}--{self.adaptation}" if self.adaptation else upstream
 
 
 @dataclass(frozen=True)
@@ -166,13 +60,15 @@ class Accuracy:
 class CatalogueEntry:
     """One published file. None means not known.
 
-    `url` begins with `gs://`; `resolution` is in pixels; `size_mib` is as listed in `size_source`; `accuracy` holds
-    for the file as it is and `transfer` after fine-tuning it; `mirrors` have the same weights in another layout.
+    `url` begins with `gs://`; `resolution` is in pixels, as are `patch_sizes`, those a FlexiViT was trained with (else
+    empty); `size_mib` is as listed in `size_source`; `accuracy` holds for the file as it is and `transfer` after
+    fine-tuning it; `mirrors` have the same weights in another layout.
     """
 
     url: str
     aliases: tuple[str, ...] = ()
     preset: str | None = None
+    patch_sizes: tuple[int, ...] = ()
     resolution: int | None = None
     classes: int | None = None
     head: Head | None = None
@@ -198,7 +94,7 @@ class CatalogueEntry:
 
 @cache
 def read_catalogue() -> Mapping[str, CatalogueEntry]:
-    """All listed files by name, in the order of `catalogue.toml`."""
+    """All listed files by name, in the order of `entries.toml`."""
     tables = tomllib.loads(resources.files("hf_vit.catalogue").joinpath("entries.toml").read_text(encoding="utf-8"))
     entries = [_read_entry(table, tables["sources"]) for table in tables["checkpoint"]]
     return MappingProxyType({entry.name: entry for entry in entries})
@@ -222,9 +118,52 @@ def find(name: str) -> CatalogueEntry:
     entry = _names().get(key) or _find_unlisted(key)
     if entry and (entry.url == address or not address.startswith("gs://")):
         return entry
-    close = difflib.get_close_matches(key, _names(), n=5, cutoff=0.4)
-    listed = f"the closest names are {', '.join(close)}" if close else f"{len(read_catalogue())} files are listed"
-    raise ValueError(f"{name!r} is no published checkpoint that is known here: {listed} (see catalogue.toml)")
+    close = suggest(name, cutoff=0.4)
+    listed = f"did you mean {' or '.join(close)}?" if close else f"{len(read_catalogue())} files are listed"
+    raise ValueError(f"unknown checkpoint {name!r}: {listed} (`hf_vit.catalogue.format_catalogue()` lists all)")
+
+
+def suggest(name: str, *, cutoff: float = 0.8) -> list[str]:
+    """Return up to five names of the catalogue that resemble `name`, the closest first.
+
+    Args:
+        cutoff: Least similarity from 0 to 1; the default finds one or two mistyped letters.
+    """
+    key = _to_gs(name).removeprefix(_VIT_MODELS).removeprefix("gs://").removesuffix(".npz")
+    by_lower = {known.lower(): known for known in reversed(list(_names()))}
+    return [by_lower[match] for match in difflib.get_close_matches(key.lower(), by_lower, n=5, cutoff=cutoff)]
+
+
+def format_catalogue(pattern: str = "") -> str:
+    """Return a table of the listed files: name, model, size in MiB, pixels, classes, accuracy and its source.
+
+    Args:
+        pattern: Only rows whose name, model or mirror contains this text, upper and lower case alike.
+    """
+    rows = [("name", "model", "MiB", "pixels", "classes", "top-1 (%)", "source")]
+    for entry in read_catalogue().values():
+        texts = (entry.name, entry.preset or "", *entry.aliases, *(mirror.repo for mirror in entry.mirrors))
+        if not any(pattern.lower() in text.lower() for text in texts):
+            continue
+        best = max(entry.accuracy, key=lambda row: row.top1, default=None)
+        size = f"{entry.size_mib:.0f}" if entry.size_mib else "-"
+        accuracy = f"{best.top1:.2f} {best.dataset}" if best else "-"
+        known = (entry.preset, entry.resolution, entry.classes)
+        preset, resolution, classes = (str(value) if value is not None else "-" for value in known)
+        rows.append(
+            (entry.name, preset, size, resolution, classes, accuracy, best.source.split(":")[0] if best else "-")
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def find_flexible(file_name: str) -> CatalogueEntry | None:
+    """Return the entry of the published FlexiViT or FlexiViT baseline whose file has this name, None if there is none.
+
+    Its shapes are those of a plain model of 32x32 patches at 224 pixels, so that only the name tells.
+    """
+    entries = (entry for entry in read_catalogue().values() if entry.patch_sizes)
+    return next((entry for entry in entries if entry.url.endswith(f"/{file_name}")), None)
 
 
 def is_published(name: str) -> bool:
@@ -243,13 +182,6 @@ def to_https(url: str) -> str:
 
 def _to_gs(url: str) -> str:
     return f"gs://{unquote(url.removeprefix(GOOGLE_STORAGE))}" if url.startswith(GOOGLE_STORAGE) else url
-
-
-def _read_number(text: str, name: str) -> float:
-    number = float(text) if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) and text.count(".") < 2 else None
-    if number is None or str(number) != text:
-        raise ValueError(f"not the name of an AugReg file: expected a number such as 0.03, got {text!r} in {name!r}")
-    return number
 
 
 @cache
@@ -288,6 +220,7 @@ def _read_entry(table: dict[str, Any], sources: dict[str, str]) -> CatalogueEntr
         values[key] = tuple(replace(Accuracy(**row), source=sources[row["source"]]) for row in table.get(key, ()))
     values["mirrors"] = tuple(Mirror(**row) for row in table.get("mirrors", ()))
     values["aliases"] = tuple(table.get("aliases", ()))
+    values["patch_sizes"] = tuple(table.get("patch_sizes", ()))
     if "size_source" in table:
         values["size_source"] = sources[table["size_source"]]
     if not table["url"].startswith(_AUGREG_FOLDER):
