@@ -1,4 +1,6 @@
-"""hf-vit: the original Vision Transformer as a first-class Hugging Face model."""
+"""hf-vit: the original Vision Transformer as an ordinary Hugging Face model."""
+
+from importlib.metadata import PackageNotFoundError, version
 
 from transformers import (
     AutoBackbone,
@@ -20,6 +22,19 @@ from .modeling_hf_vit import (
 )
 
 
+try:
+    __version__ = version("hf-vit")
+except PackageNotFoundError:  # a copy of the sources that is not installed
+    __version__ = "0+unknown"
+
+# Each class knows its Auto class, so that every saved folder carries the code that opens it.
+HfViTConfig.register_for_auto_class()
+HfViTModel.register_for_auto_class("AutoModel")
+HfViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+HfViTForMaskedImageModeling.register_for_auto_class("AutoModelForMaskedImageModeling")
+HfViTBackbone.register_for_auto_class("AutoBackbone")
+HfViTImageProcessor.register_for_auto_class()
+HfViTImageProcessorPil.register_for_auto_class()
 AutoConfig.register("hf_vit", HfViTConfig, exist_ok=True)
 AutoModel.register(HfViTConfig, HfViTModel, exist_ok=True)
 AutoModelForImageClassification.register(HfViTConfig, HfViTForImageClassification, exist_ok=True)
@@ -41,4 +56,5 @@ __all__ = [
     "HfViTImageProcessorPil",
     "HfViTModel",
     "HfViTPreTrainedModel",
+    "__version__",
 ]

@@ -1,5 +1,6 @@
-"""The configuration of a Vision Transformer, and the named models of the papers as deltas of one default."""
+"""The configuration of a Vision Transformer, its validation, and the named models of the papers as presets."""
 
+import copy
 import dataclasses
 import importlib
 import os
@@ -20,6 +21,16 @@ _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 1
 _HUGE = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
 _DROPOUT = {"hidden_dropout_prob": 0.1}
 _GAP = {"pooling": "gap", "use_cls_token": False}
+
+# What opens a repository that carries these files, on a machine without the package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hf_vit.HfViTConfig",
+    "AutoModel": "modeling_hf_vit.HfViTModel",
+    "AutoModelForImageClassification": "modeling_hf_vit.HfViTForImageClassification",
+    "AutoModelForMaskedImageModeling": "modeling_hf_vit.HfViTForMaskedImageModeling",
+    "AutoBackbone": "modeling_hf_vit.HfViTBackbone",
+}
+_OWN_CLASSES = tuple(AUTO_MAP.values())
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ViT-Ti_16": {**_TINY},
@@ -46,12 +57,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 POOLINGS = ("token", "gap", "map", "none")
 POSITION_EMBEDDING_TYPES = ("learned", "sincos2d")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-POSITION_RESAMPLINGS = ("jax", "jax_corrected", "big_vision", "bicubic", "bicubic_antialias")
+POSITION_RESAMPLINGS = ("jax", "jax_corrected", "jax_image", "big_vision", "bicubic", "bicubic_antialias")
 
 _MAX_LAYERS, _MAX_WIDTH, _MAX_TOKENS, _MAX_PARAMETERS = 1_000, 131_072, 2**20, 10**11
 _MAX_LABELS = 1_000_000
 
-# What a `config.json` may say beside the fields, where transformers has a property or a method of that name.
+# Keywords of `from_pretrained` that say where and how to find a file on the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+# Keys of a `config.json` beside the fields, where transformers has a property or a method of that name.
 _STORED_PROPERTIES = (
     "model_type", "name_or_path", "num_labels", "out_features", "out_indices", "output_attentions", "torch_dtype",
     "_attn_implementation",
@@ -70,7 +84,7 @@ _STORED_CHOICES: dict[str, tuple[Any, ...]] = {
 
 @strict
 class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Everything that the shapes of a checkpoint cannot tell, decided once.
+    """The configuration of a Vision Transformer: everything that determines its outputs beside the weights.
 
     The defaults are ViT-B/16 at 224 pixels. Letters in brackets are the paper's.
 
@@ -86,9 +100,9 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate: Stochastic depth of the last block; earlier blocks get a linear share of it.
         layer_norm_eps: Epsilon of every LayerNorm.
         initializer_range: Standard deviation of the position embeddings at initialisation.
-        image_size: Pixels, one number or (height, width). Decides the grid of the position embeddings.
+        image_size: Pixels, one number or (height, width). Determines the grid of the position embeddings.
         patch_size: Pixels (of the stem's output, if there is a stem), one number or (height, width) (P).
-        num_channels: Channels of the picture.
+        num_channels: Channels of the images.
         qkv_bias: Whether query, key and value have a bias.
         pooling: What the head sees: `"token"` (the first token), `"gap"` (mean over tokens after the last norm),
             `"map"` (attention pooling of big_vision), `"none"` (every token).
@@ -107,17 +121,20 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         zero_init_head: Whether a new classifier starts at zero, as the reference's does.
         apply_layernorm: Whether a backbone puts its feature maps through the last norm.
         reshape_hidden_states: Whether a backbone gives maps (D, h, w) instead of tokens.
-        checkpoint_layout: What the original checkpoint looked like (dialect, prefix, stacking, dtype), written when
-            one is read, so that the way back gives the same file; None for a model born here.
+        flexible_patch_size: Whether the patch size is chosen at run time (FlexiViT): the forward pass then takes
+            `patch_size=` and resizes the stored kernel and positions for each call.
+        encoder_stride: Pixels that masked image modelling reconstructs for each token; None for those of a patch.
+        checkpoint_layout: The layout of the original checkpoint (dialect, prefix, stacking, dtype), recorded when it
+            is read, so that the conversion back gives the same file; None for a model made here.
 
     Raises:
-        ValueError: if a field, or two together, describe no model.
+        ValueError: if a field, or a combination of fields, is not valid.
 
     Source: vit_jax/models_vit.py, VisionTransformer (c6de1e5); big_vision/models/vit.py, _Model (0127fb6).
     """
 
     model_type: ClassVar[str] = "hf_vit"
-    # Tensor parallelism shards heads and the MLP; what pools and classifies stays whole.
+    # Tensor parallelism shards heads and the MLP; the layers that pool and classify are replicated.
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "encoder.layer.*.attn.query": "colwise",
         "encoder.layer.*.attn.key": "colwise",
@@ -159,6 +176,8 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
     zero_init_head: bool = True
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
+    flexible_patch_size: bool = False
+    encoder_stride: int | None = None
     checkpoint_layout: dict[str, Any] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -189,13 +208,13 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """Return the configuration that a `config.json` describes; `kwargs` go over what it says.
 
         Raises:
-            ValueError: if it is no model's. A file can't replace a method, ask for code of the Hub to compute
-                attention, or for numbers that are no floating point: `attn_implementation=` is the caller's.
+            ValueError: if it is not a valid configuration. A file cannot replace a method, select attention code
+                from the Hub, or select a dtype that is not floating point; the caller's arguments can.
         """
         fields = {*(field.name for field in dataclasses.fields(cls)), *_STORED_PROPERTIES}
         shadows = [name for name in config_dict if name not in fields and hasattr(cls, name)]
         if shadows:
-            raise ValueError(f"{shadows[0]} is no field of a configuration, but a part of its class: remove it")
+            raise ValueError(f"{shadows[0]} is an attribute of the class, not a field of the configuration: remove it")
         for name, choices in _STORED_CHOICES.items():
             found = config_dict.get(name)
             if isinstance(found, torch.dtype):
@@ -205,8 +224,16 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} is {found!r}: expected {expected}; change it or leave it out")
         return super().from_dict(config_dict, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any):
+        """Save as transformers does, with the auto map of all of hf-vit's classes; those of a user stay in it."""
+        if self._auto_class is not None:
+            known = getattr(self, "auto_map", None) or {}
+            others = {auto: name for auto, name in known.items() if not str(name).endswith(_OWN_CLASSES)}
+            self.auto_map = AUTO_MAP | others
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """Write the fields as JSON; with the package installed, the file appears whole or not at all."""
+        """Write the fields as JSON; with the package installed, atomically."""
         atomic = installed_module("files.atomic")
         if atomic is None:
             return super().to_json_file(json_file_path, use_diff)
@@ -215,27 +242,103 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stem_stride(self) -> int:
-        """Pixels of the picture per pixel of the stem's output: 1 without a stem, 4 for a root, x2 a later stage."""
+        """Image pixels per pixel of the stem's output: 1 without a stem, 4 for a root, doubled by later stages."""
         return stem_stride(self.resnet_layers)
 
     @property
     def patch_height_width(self) -> tuple[int, int]:
         """`patch_size` as (height, width)."""
-        return _pair(self.patch_size)
+        return pair(self.patch_size)
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """`image_size` as (height, width)."""
+        return pair(self.image_size)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """(height, width) in patches of a picture of `image_size`."""
-        return self.grid_of(_pair(self.image_size))
+        """(height, width) in patches of an image of `image_size`."""
+        return self.grid_of(self.image_height_width)
 
-    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Return (height, width) in patches of a picture of (height, width) pixels.
+    def grid_of(self, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+        """Return (height, width) in patches of an image of (height, width) pixels.
 
         The stem rounds up at each of its steps (SAME padding); the patches drop what remains (VALID).
+
+        Args:
+            patch_size: Of a model with `flexible_patch_size`; the configuration's own by default.
         """
         height, width = (-(-size // self.stem_stride) for size in image_size)
-        patch = _pair(self.patch_size)
+        patch = self.patch_height_width if patch_size is None else self.flexible_patch(patch_size)
         return height // patch[0], width // patch[1]
+
+    def flexible_patch(self, patch_size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+        """Return a patch size chosen at run time as (height, width).
+
+        Raises:
+            ValueError: if it is not positive, or the model is not flexible and has another size.
+        """
+        patch = pair(patch_size)
+        if not self.flexible_patch_size and patch != self.patch_height_width:
+            raise ValueError(
+                f"patch_size is {patch}, but the model has patches of {self.patch_height_width} pixels: load it with "
+                f"flexible_patch_size=True, or with patch_size={patch_size}"
+            )
+        for size in patch:
+            _in_range("patch_size", size, 1, _MAX_WIDTH)
+        return patch
+
+    @property
+    def decoder_patch_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the image that masked image modelling reconstructs for each token."""
+        if self.encoder_stride is not None:
+            return self.encoder_stride, self.encoder_stride
+        height, width = self.patch_height_width
+        return height * self.stem_stride, width * self.stem_stride
+
+    def resized(self, image_size: int | tuple[int, int]) -> "HfViTConfig":
+        """Return a validated copy for images of another size in pixels.
+
+        Raises:
+            ValueError: if `image_size` is smaller than one patch.
+        """
+        config = copy.deepcopy(self)
+        config.image_size = image_size
+        config.validate_architecture()
+        return config
+
+    def resolve_problem_type(self, labels: torch.Tensor, logits: torch.Tensor) -> str:
+        """Return the problem type of a batch; where `problem_type` is None, infer it as transformers does and set it.
+
+        Args:
+            labels: Class indices (B,) of any integer dtype or probabilities (B, classes) for single-label
+                classification; (B, classes) of any dtype for multi-label classification; values of the shape of the
+                logits, or (B,) for one output, for regression.
+            logits: (B, classes), or (B, N, classes).
+
+        Raises:
+            ValueError: if the labels are of another kind; nothing is set then.
+        """
+        classes, is_same = logits.shape[-1], labels.shape == logits.shape
+        is_integer = not (labels.is_floating_point() or labels.dtype == torch.bool)
+        is_index = is_integer and not is_same and labels.numel() * classes == logits.numel()
+        problem = self.problem_type
+        if problem is None:
+            problem = "single_label_classification" if is_integer else "multi_label_classification"
+            problem = "regression" if classes == 1 else problem
+        fits = {
+            "single_label_classification": is_index or (is_same and self.problem_type is not None),
+            "multi_label_classification": is_same,
+            "regression": is_same or (classes == 1 and labels.numel() == logits.numel()),
+        }
+        if not fits[problem]:
+            indices = f"class indices of shape {tuple(logits.shape[:-1])} or " if problem.startswith("single") else ""
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected for {problem} {indices}values of "
+                f"shape {tuple(logits.shape)}; set config.problem_type if these labels mean something else"
+            )
+        self.problem_type = problem
+        return problem
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -243,7 +346,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.use_cls_token)
 
     def validate_architecture(self) -> None:
-        """Refuse, before anything is allocated, what no model can be."""
+        """Raise a ValueError for fields that describe no valid model, before anything is allocated."""
         self._validate_sizes()
         self._validate_rates()
         _one_of("pooling", self.pooling, POOLINGS)
@@ -252,7 +355,9 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.problem_type is not None:
             _one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is no activation of transformers, such as gelu")
+            raise ValueError(
+                f"unknown hidden_act {self.hidden_act!r}: expected a key of transformers' ACT2FN, such as 'gelu'"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
@@ -264,7 +369,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
         grid = self.grid_size
         if min(grid) < 1:
             raise ValueError(
-                f"image_size {_pair(self.image_size)} is smaller than one patch of {_pair(self.patch_size)} pixels"
+                f"image_size {pair(self.image_size)} is smaller than one patch of {pair(self.patch_size)} pixels"
                 + (f" after a stem of stride {self.stem_stride}" if self.stem_stride > 1 else "")
             )
         if grid[0] * grid[1] > _MAX_TOKENS:
@@ -277,7 +382,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_output_attentions(self) -> None:
-        """Accept them with every attention backend, which in transformers only its eager one gives."""
+        """Accept attentions with every backend; in transformers only the eager one returns them."""
 
     def _validate_sizes(self) -> None:
         _in_range("num_hidden_layers", self.num_hidden_layers, 0, _MAX_LAYERS)
@@ -289,7 +394,7 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
             sizes = getattr(self, name)
             if not isinstance(sizes, int) and len(sizes) != 2:
                 raise ValueError(f"{name} must be one number or (height, width), got {sizes}")
-            for size in _pair(sizes):
+            for size in pair(sizes):
                 _in_range(name, size, 1, _MAX_WIDTH)
         if self.resnet_layers is not None:
             _in_range("the number of stages in resnet_layers", len(self.resnet_layers), 0, 6)
@@ -312,21 +417,20 @@ class HfViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 def installed_module(name: str) -> Any:
-    """Return a module of the installed package, or None in a copy of this file on a machine without it."""
-    try:
-        return importlib.import_module(f"hf_vit.{name}")
-    except ModuleNotFoundError as error:
-        if not f"hf_vit.{name}".startswith(error.name or "-"):
-            raise
-        return None
+    """Return a module of the package that this file is a part of, or None in a copy of this file from the Hub.
+
+    A copy never uses an installed package, which may be older or newer and serves its own classes only.
+    """
+    return importlib.import_module(f"hf_vit.{name}") if __name__ == "hf_vit.configuration_hf_vit" else None
 
 
 def stem_stride(resnet_layers: list[int] | tuple[int, ...] | None) -> int:
-    """Return the pixels of the picture per pixel of the stem's output; see `HfViTConfig.stem_stride`."""
+    """Return the pixels of the image per pixel of the stem's output; see `HfViTConfig.stem_stride`."""
     return 1 if resnet_layers is None else 4 * 2 ** max(len(resnet_layers) - 1, 0)
 
 
-def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+def pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """Return one number or (height, width) as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -5,9 +5,12 @@ Shapes: P prefix tokens (the class token, or none), h and w patches in a column 
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +32,9 @@ def resample_position_embeddings(
         method: `"jax"` is scipy's zoom of order 1, as both code bases of the reference call it (`"big_vision"` is
             the same function under its own name): bilinear between aligned corners, in float64, except that the
             last row or column becomes zero where rounding puts its coordinate outside (8 -> 26, 28 -> 48 patches;
-            warned about once). `"jax_corrected"` is the same without that. `"bicubic"` is transformers' ViT,
-            `"bicubic_antialias"` is timm's.
+            warned about once). `"jax_corrected"` is the same without that. `"jax_image"` is FlexiViT's resizing at
+            run time: `jax.image.resize(..., "linear")`, half-pixel centres, antialiased when it shrinks. `"bicubic"`
+            is transformers' ViT, `"bicubic_antialias"` is timm's.
 
     Returns:
         (1, P + h'*w', D), dtype and device of `table`; the same object if the grids are equal.
@@ -39,7 +43,7 @@ def resample_position_embeddings(
         ValueError: if `table` does not have P + h*w rows, or `method` is unknown.
 
     Source: vit_jax/checkpoint.py, interpolate_posembed (c6de1e5): equal to 1e-6; big_vision/models/vit.py,
-    resample_posemb (0127fb6).
+    resample_posemb (0127fb6); big_vision/models/proj/flexi/vit.py, Patchify (0127fb6).
     """
     rows = num_prefix_tokens + old_grid[0] * old_grid[1]
     if table.shape[1] != rows:
@@ -52,14 +56,66 @@ def resample_position_embeddings(
     prefix, grid = table[:, :num_prefix_tokens], table[0, num_prefix_tokens:]
     grid = grid.reshape(*old_grid, -1)  # (h, w, D)
     if method in ("jax", "big_vision", "jax_corrected"):
-        grid = _resize_linear(grid, new_grid, zero_edge=method != "jax_corrected")
+        zero_edge = method != "jax_corrected"
+        grid = _resize_by_sides(grid, new_grid, functools.partial(_linear_weights, zero_edge=zero_edge))
+    elif method == "jax_image":
+        grid = _resize_by_sides(grid, new_grid, _triangle_weights)
     elif method in ("bicubic", "bicubic_antialias"):
         grid = _resize_bicubic(grid, new_grid, antialias=method == "bicubic_antialias")
     else:
         raise ValueError(
-            f"unknown method {method!r}; expected jax, jax_corrected, big_vision, bicubic or bicubic_antialias"
+            f"unknown method {method!r}; expected jax, jax_corrected, jax_image, big_vision, bicubic or "
+            "bicubic_antialias"
         )
     return torch.cat([prefix, grid.to(table.dtype).reshape(1, -1, table.shape[-1])], dim=1)  # (1, P + h'*w', D)
+
+
+def positions_of_grid(
+    grid: tuple[int, int], table: torch.Tensor | None, config: Any, tokens: torch.Tensor, interpolate: bool
+) -> torch.Tensor:
+    """Return the positions (1, P + h*w, D) of a grid: the table as it is, or resampled where that is requested.
+
+    Args:
+        grid: (height, width) in patches.
+        table: The learned table of `config.grid_size`; None for fixed sine-cosine positions.
+        config: An `HfViTConfig`.
+        tokens: Any tensor with the dtype and device of the result.
+
+    Raises:
+        ValueError: if the grid is another than the table's and no resampling is requested.
+    """
+    if table is None:
+        base = config.grid_size if config.flexible_patch_size else grid
+        fixed = sincos2d_position_embeddings(base, config.hidden_size, device=tokens.device)
+        fixed = resample_position_embeddings(fixed, base, grid, num_prefix_tokens=0, method="jax_image")
+        fixed = fixed.to(tokens.dtype)
+        return F.pad(fixed, (0, 0, config.num_prefix_tokens, 0))  # the class token has no position
+    if grid == config.grid_size:
+        return table
+    if not (interpolate or config.flexible_patch_size):
+        raise ValueError(
+            f"the image gives a grid of {grid[0]}x{grid[1]} patches, but the position embeddings are for "
+            f"{config.grid_size[0]}x{config.grid_size[1]} (image_size {config.image_size}): pass "
+            f"interpolate_pos_encoding=True, or load the model with image_size=(height, width)"
+        )
+    method = "jax_image" if config.flexible_patch_size else config.position_resampling
+    return resample_position_embeddings(
+        table, config.grid_size, grid, num_prefix_tokens=config.num_prefix_tokens, method=method
+    )
+
+
+def resize_positions(embeddings: Any, config: Any) -> None:
+    """Resample the learned table of an `Embeddings` module, in place, to the grid of a new configuration."""
+    table, old = embeddings.position_embeddings, embeddings.config
+    if table is not None and old.grid_size != config.grid_size:
+        resized = resample_position_embeddings(
+            table.data,
+            old.grid_size,
+            config.grid_size,
+            num_prefix_tokens=config.num_prefix_tokens,
+            method=config.position_resampling,
+        )
+        embeddings.position_embeddings = nn.Parameter(resized, table.requires_grad)
 
 
 def sincos2d_position_embeddings(
@@ -81,11 +137,12 @@ def sincos2d_position_embeddings(
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
 
 
-def _resize_linear(grid: torch.Tensor, new_grid: tuple[int, int], *, zero_edge: bool) -> torch.Tensor:
+def _resize_by_sides(
+    grid: torch.Tensor, new_grid: tuple[int, int], weights: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
     dtype = torch.float32 if grid.device.type == "mps" else torch.float64
     rows, columns = (
-        _linear_weights(old, new, zero_edge=zero_edge).to(grid.device, dtype)
-        for old, new in zip(grid.shape[:2], new_grid, strict=True)
+        weights(old, new).to(grid.device, dtype) for old, new in zip(grid.shape[:2], new_grid, strict=True)
     )
     return torch.einsum("ih,hwd,jw->ijd", rows, grid.to(dtype), columns)
 
@@ -104,6 +161,15 @@ def _linear_weights(old: int, new: int, *, zero_edge: bool) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             _warn_of_zero_edge(old, new)
     return weights
+
+
+def _triangle_weights(old: int, new: int) -> torch.Tensor:
+    """(new, old) float64: a triangle over half-pixel centres, as wide as a new position where the grid shrinks."""
+    step = old / new
+    centers = (torch.arange(new, dtype=torch.float64, device="cpu") + 0.5) * step - 0.5  # (new,)
+    distances = (centers[:, None] - torch.arange(old, dtype=torch.float64, device="cpu")).abs()  # (new, old)
+    weights = (1 - distances / max(step, 1.0)).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 @functools.cache

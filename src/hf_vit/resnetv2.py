@@ -1,16 +1,18 @@
 """The ResNet stem of the hybrid models: weight-standardised convolutions and group normalisation.
 
 The reference calls it ResNetV2, but its unit is the bottleneck of ResNet v1.5: activation after the sum, stride on the
-3x3 convolution. Shapes: B pictures, C channels, H and W pixels.
+3x3 convolution. Shapes: B images, C channels, H and W pixels.
 
 Source: vit_jax/models_resnet.py (c6de1e5).
 """
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 
 class StdConv2d(nn.Conv2d):
@@ -35,35 +37,16 @@ class StdConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, bias=False)
         self.eps = eps
         self.eps_in_root = eps_in_root
-        self._frozen: tuple | None = None  # what the kernel was when last standardised, and the result
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         input = pad_same(input, self.kernel_size[0], self.stride[0])
         return F.conv2d(input, self.standardized_weight(), stride=self.stride)  # (B, C', ceil(H / s), ceil(W / s))
 
     def standardized_weight(self) -> torch.Tensor:
-        """Return the kernel with mean 0 and deviation 1 for each output channel.
-
-        It is kept from step to step while no gradient is asked of it and nobody has written to it.
-        """
-        weight = self.weight
-        if (weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return self._standardize(weight)
-        if type(weight.data) is not torch.Tensor or weight.is_inference() or weight.is_meta:
-            return self._standardize(weight)  # a shard, or a tensor that does not count its writes
-        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._frozen is None or self._frozen[0] is not weight or self._frozen[1] != state:
-            with torch.inference_mode(False), torch.no_grad():  # a result that autograd may meet again later
-                self._frozen = (weight, state, self._standardize(weight))
-        return self._frozen[2]
-
-    def _standardize(self, weight: torch.Tensor) -> torch.Tensor:
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        """Return the kernel with mean 0 and standard deviation 1 for each output channel."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
         scale = (variance + self.eps).sqrt() if self.eps_in_root else variance.sqrt() + self.eps
-        return (weight - mean) / scale
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_frozen": None}
+        return (self.weight - mean) / scale
 
 
 class Bottleneck(nn.Module):
@@ -132,8 +115,38 @@ class ResNetV2(nn.Module):
         self.body = nn.Sequential(stages)
         self.out_channels = channels
 
+    @classmethod
+    def from_config(cls, config: Any) -> "ResNetV2":
+        """Return the stem that an `HfViTConfig` describes."""
+        return cls(
+            config.num_channels,
+            config.resnet_layers,
+            int(64 * config.resnet_width_factor),
+            norm_eps=config.resnet_norm_eps,
+            eps=config.resnet_conv_eps,
+            eps_in_root=config.resnet_conv_eps_in_root,
+        )
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.body(self.root(pixel_values))  # (B, C, ceil(H / stride), ceil(W / stride))
+
+
+def initialize_stem(stem: ResNetV2) -> None:
+    """Initialise the kernels of a stem; the last norm of each unit starts at zero.
+
+    Source: models_resnet.py, ResidualUnit.
+    """
+    for module in stem.modules():
+        if isinstance(module, StdConv2d):
+            lecun_normal_(module.weight)
+        elif isinstance(module, Bottleneck):
+            init.zeros_(module.gn3.weight)
+
+
+def lecun_normal_(weight: torch.Tensor) -> None:
+    """Fill as flax's lecun_normal: variance 1 / fan_in, cut at two standard deviations (transformers' is not cut)."""
+    std = weight[0].numel() ** -0.5 / 0.87962566103423978
+    init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def pad_same(x: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
@@ -141,10 +154,12 @@ def pad_same(x: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
 
     The odd pixel goes below and to the right: 7x7 with stride 2 pads an even side by 2 and 3.
     """
-    height, width = (max((-(-n // stride) - 1) * stride + kernel_size - n, 0) for n in x.shape[-2:])
-    if height == 0 and width == 0:
+    if kernel_size == 1:
         return x
+    height, width = ((-(-n // stride) - 1) * stride + kernel_size - n for n in x.shape[-2:])
+    if kernel_size < stride:  # never here; elsewhere max() would only hinder exporters of any image size
+        height, width = max(height, 0), max(width, 0)
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
-__all__ = ["ResNetV2", "StdConv2d"]
+__all__ = ["ResNetV2", "StdConv2d", "initialize_stem", "lecun_normal_", "pad_same"]
