@@ -1,6 +1,7 @@
-"""The image processor: each protocol against what it stands for, both backends, and files from elsewhere."""
+"""The image processor: each protocol against its reference, both backends, inputs, and files from elsewhere."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
-from hf_vit.image_processing_hf_vit import MAX_PIXELS, PROTOCOLS, HfViTImageProcessor, HfViTImageProcessorPil
+from hf_vit.image_processing_hf_vit import PROTOCOLS, HfViTImageProcessor, HfViTImageProcessorPil
+from hf_vit.image_resizing import MAX_PIXELS
 
 
 GOLDENS = Path(os.environ.get("HF_VIT_GOLDENS", Path(__file__).parents[1] / "goldens"))
@@ -23,7 +26,7 @@ STEP = 1 / 255
 
 
 def recorded_fields(operation):
-    """Returns the fields that describe one recorded TensorFlow operation, such as `bv_small56_central48`."""
+    """Return the fields that describe one recorded TensorFlow operation, such as `bv_small56_central48`."""
     name, _, size = operation.rpartition("_")
     if name == "vit_jax_eval":
         return {"size": int(size)}
@@ -37,17 +40,17 @@ def recorded_fields(operation):
 
 
 def recorded():
-    """Yields each recorded operation: its name, the picture and TensorFlow's pixels as (C, h, w)."""
+    """Yield each recorded operation: its name, the image and TensorFlow's pixels as (C, h, w)."""
     with np.load(GOLDENS / "preproc.npz") as file:
         for name in file.files:
-            picture, operation = name.split("/")
+            image, operation = name.split("/")
             if operation != "u8":
-                yield operation, file[f"{picture}/u8"], torch.from_numpy(file[name]).permute(2, 0, 1)
+                yield operation, file[f"{image}/u8"], torch.from_numpy(file[name]).permute(2, 0, 1)
 
 
 @pytest.fixture
 def photo():
-    """A picture of 250 x 188 with detail at every scale, so that filters, rounding and offsets all show."""
+    """Return an image of 250 x 188 with detail at every scale, so that filters, rounding and offsets all show."""
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize((250, 188))
     noise = random.integers(-20, 21, (188, 250, 3))
@@ -58,14 +61,14 @@ def pixels(processor, image, **options):
     return torch.as_tensor(processor(image, return_tensors="pt", **options)["pixel_values"])[0]
 
 
-# --- what each protocol stands for ---
+# --- protocols against their references ---
 
 
 @BACKENDS
 def test_reference_protocols_give_the_pixels_of_tensorflow(processor_class):
     seen = set()
-    for operation, picture, expected in recorded():
-        got = pixels(processor_class(**recorded_fields(operation)), picture)
+    for operation, image, expected in recorded():
+        got = pixels(processor_class(**recorded_fields(operation)), image)
         assert (got - expected).abs().max() <= 5e-7, operation
         seen.add(operation.rstrip("0123456789_"))
     assert {"vit_jax_eval", "lit", "lit_crop", "bv_resize"} < seen
@@ -73,9 +76,9 @@ def test_reference_protocols_give_the_pixels_of_tensorflow(processor_class):
 
 def test_an_antialiased_filter_is_not_the_reference():
     worst = {}
-    for operation, picture, expected in recorded():
+    for operation, image, expected in recorded():
         if operation.startswith("vit_jax"):
-            got = pixels(HfViTImageProcessor(protocol="transformers", size=expected.shape[1]), picture)
+            got = pixels(HfViTImageProcessor(protocol="transformers", size=expected.shape[1]), image)
             worst[operation] = float((got - expected).abs().max())
     assert max(worst.values()) > 0.1
 
@@ -118,9 +121,9 @@ def test_timm_protocol_is_the_transform_of_timm(processor_class, crop_mode, phot
 )
 def test_cropping_protocols_keep_the_centre_as_documented(protocol, resized, left, top, photo):
     image, size = photo.resize((500, 375)), {"width": resized[0], "height": resized[1]}
-    whole = pixels(HfViTImageProcessor(protocol=protocol, do_center_crop=False, size=size), image)
+    resized_image = pixels(HfViTImageProcessor(protocol=protocol, do_center_crop=False, size=size), image)
     assert torch.equal(
-        pixels(HfViTImageProcessor(protocol=protocol), image), whole[:, top : top + 224, left : left + 224]
+        pixels(HfViTImageProcessor(protocol=protocol), image), resized_image[:, top : top + 224, left : left + 224]
     )
 
 
@@ -159,7 +162,7 @@ def test_transfer_ratio_of_big_vision_is_a_field():
     assert (dict(processor.size), dict(processor.crop_size)) == ({"shortest_edge": 448}, {"height": 384, "width": 384})
 
 
-def test_another_protocol_replaces_what_a_saved_one_governs(tmp_path, photo):
+def test_another_protocol_replaces_the_fields_of_the_saved_one(tmp_path, photo):
     HfViTImageProcessor(protocol="timm", size=64).save_pretrained(tmp_path)
     changed = HfViTImageProcessor.from_pretrained(tmp_path, protocol="transformers")
     assert changed.to_dict() == HfViTImageProcessor(protocol="transformers", size=64).to_dict()
@@ -225,7 +228,7 @@ def test_weights_of_pytorch_code_have_no_processor_of_their_own(tmp_path):
         HfViTImageProcessor.from_pretrained(tmp_path / "model.pth")
 
 
-def test_a_folder_without_a_processor_is_said_so(tmp_path):
+def test_a_folder_without_a_processor_is_refused(tmp_path):
     with pytest.raises(OSError, match="Can't load image processor"):
         HfViTImageProcessor.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
@@ -244,12 +247,12 @@ def test_timm_crops_that_cannot_be_kept_are_refused(tmp_path):
             HfViTImageProcessor.from_pretrained(tmp_path)
 
 
-# --- pictures as they come ---
+# --- images as they come ---
 
 
 @BACKENDS
 @EACH_PROTOCOL
-def test_every_way_to_pass_a_picture_gives_the_same_pixels(processor_class, protocol, photo, tmp_path):
+def test_every_kind_of_input_gives_the_same_pixels(processor_class, protocol, photo, tmp_path):
     processor = processor_class(protocol=protocol, size=32)
     expected = pixels(processor, photo)
     array = np.array(photo)
@@ -273,41 +276,43 @@ def test_every_way_to_pass_a_picture_gives_the_same_pixels(processor_class, prot
 
 
 @BACKENDS
-def test_floats_keep_their_units_and_are_never_made_whole(processor_class, photo):
+def test_floats_keep_their_units_and_are_never_rounded(processor_class, photo):
     unit = np.asarray(photo, dtype=np.float32) / 255
     for protocol in PROTOCOLS:
         processor = processor_class(protocol=protocol, size=32)
-        step = 0 if protocol == "vit_jax" else 1.5 * 2 * STEP  # whole numbers on the way, -1...1
+        step = 0 if protocol == "vit_jax" else 1.5 * 2 * STEP  # 8-bit integers on the way, -1...1
         got = pixels(processor, unit, do_rescale=False)
         assert (got - pixels(processor, photo)).abs().max() <= step + 1e-5
         assert torch.allclose(got, pixels(processor, unit * 255), atol=1e-5)
 
 
 @pytest.mark.reliability(row="I01")
-def test_pictures_deeper_than_8_bits_are_scaled_not_clipped():
+def test_images_deeper_than_8_bits_are_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
     processor = HfViTImageProcessor(size=16, do_normalize=False, do_rescale=False)
     expected = torch.from_numpy((ramp / 257).round().astype(np.float32)).expand(3, 16, 16)
     for image in (Image.fromarray(ramp), ramp[None], torch.from_numpy(ramp)[None], ramp.astype(">u2")[..., None]):
         assert torch.equal(pixels(processor, image).float(), expected)
-    assert torch.equal(pixels(processor, Image.fromarray(ramp.astype(np.float32))).float(), expected)
+    in_range = HfViTImageProcessor(size=16, do_normalize=False, do_rescale=False, value_range=[0, 65535])
+    assert torch.equal(pixels(in_range, Image.fromarray(ramp.astype(np.float32))).float(), expected)
+    assert torch.equal(pixels(in_range, ramp.astype(np.int64)).float(), expected)
     assert torch.equal(pixels(processor, Image.fromarray(ramp.astype(np.float32) / 65535)).float(), expected)
 
 
 @pytest.mark.reliability(row="N03")
 def test_pixels_out_of_range_are_refused(photo):
     processor = HfViTImageProcessor()
-    with pytest.raises(ValueError, match=r"pixels 0\.\.\.300 of torch.int64: expected 0\.\.\.255"):
+    with pytest.raises(ValueError, match=r"int64 values 0\.\.\.300: expected 0\.\.\.255; give the range"):
         processor(np.arange(301)[None, :, None])
     with pytest.raises(ValueError, match="NaN or infinite"):
         processor(np.full((3, 8, 8), np.nan, dtype=np.float32))
-    with pytest.raises(ValueError, match="mode F has pixels"):
+    with pytest.raises(ValueError, match=r"float32 values -1\.\.\.-1: expected 0\.\.\.1;"):
         processor(Image.fromarray(np.full((8, 8), -1, dtype=np.float32)))
-    with pytest.raises(ValueError, match="expected 1, 3 or 4 channels"):
+    with pytest.raises(ValueError, match=r"shape \(8, 8, 5\): expected 3 channels first or last"):
         processor(np.zeros((8, 8, 5), dtype=np.uint8))
 
 
-def test_a_huge_picture_is_refused_undecoded():
+def test_a_huge_image_is_refused_before_it_is_decoded():
     image = Image.new("1", (1, 1))
     image._size = (MAX_PIXELS, 2)
     with pytest.raises(ValueError, match="expected at most 89,478,485 pixels"):
@@ -315,7 +320,7 @@ def test_a_huge_picture_is_refused_undecoded():
 
 
 @BACKENDS
-def test_transparency_shows_white_and_gray_spreads(processor_class):
+def test_transparent_parts_turn_white_and_gray_becomes_three_equal_channels(processor_class):
     processor = processor_class(size=4, do_normalize=False, do_rescale=False)
     clear = np.zeros((6, 5, 4), dtype=np.uint8)
     clear[..., 3] = 51  # a fifth
@@ -348,8 +353,8 @@ def test_channels_stay_as_they_are_without_conversion(processor_class):
 
 @pytest.mark.reliability(row="I02")
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_picture_comes_upright(orientation, photo, tmp_path):
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's number for the opposite turn
+def test_a_rotated_image_becomes_upright(orientation, photo, tmp_path):
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's value for the opposite rotation
     stored = photo.transpose(Image.Transpose(back[orientation])) if orientation > 1 else photo
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -364,9 +369,170 @@ def test_a_turned_picture_comes_upright(orientation, photo, tmp_path):
 @pytest.mark.parametrize(
     "fields", [{"num_channels": 10**30}, {"num_channels": 2**31}, {"num_channels": "x"}, {"protocol": []}], ids=str
 )
-def test_a_file_of_no_processor_is_a_value_error_before_anything_is_made(tmp_path, fields):
+def test_an_invalid_processor_file_is_a_value_error(tmp_path, fields):
     HfViTImageProcessor().save_pretrained(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     with pytest.raises(ValueError, match=f"{next(iter(fields))} is .*: expected"):
         HfViTImageProcessor.from_pretrained(tmp_path)
+
+
+# --- arrays of any shape ---
+
+
+@BACKENDS
+def test_gray_arrays_without_a_channel_dimension_are_taken_everywhere(processor_class):
+    gray = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    processor = processor_class(size=16)
+    expected = pixels(processor, Image.fromarray(gray))
+    for image in (gray, torch.from_numpy(gray), gray.astype(np.float64), [gray], [[torch.from_numpy(gray)]]):
+        assert torch.allclose(pixels(processor, image), expected, atol=1e-6)
+    assert torch.equal(processor.to_pixels(gray), expected)
+    assert processor([gray, gray[:5]], return_tensors="pt").pixel_values.shape == (2, 3, 16, 16)
+
+
+@BACKENDS
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_a_low_color_array_is_not_read_sideways(processor_class, height):
+    red = np.zeros((height, 50, 3), dtype=np.uint8)
+    red[..., 0] = 255
+    processor = processor_class(size=16)
+    for got in (pixels(processor, red), processor.to_pixels(red)):
+        assert torch.equal(got, pixels(processor, Image.fromarray(red)))
+        assert got.mean((1, 2)).tolist() == [1, -1, -1]
+
+
+def test_an_ambiguous_array_is_channels_last_a_tensor_channels_first():
+    image = torch.arange(3 * 5 * 3, dtype=torch.uint8).reshape(3, 5, 3)
+    processor = HfViTImageProcessor(size=(3, 5))
+    last = pixels(processor, image, input_data_format="channels_last")
+    assert torch.equal(pixels(processor, image.numpy()), last)
+    first = pixels(processor, image, input_data_format="channels_first")
+    assert torch.equal(pixels(processor, image), first)
+    assert not torch.equal(first, last)
+
+
+@BACKENDS
+@pytest.mark.parametrize("num_channels", [2, 4, 5, 6, 13])
+def test_arrays_of_any_channel_count_are_placed_by_num_channels(processor_class, num_channels):
+    image = np.random.default_rng(0).integers(0, 256, (num_channels, 40, 50), dtype=np.uint8)
+    model = SimpleNamespace(image_size=16, num_channels=num_channels)
+    for protocol in PROTOCOLS:
+        processor = processor_class.for_model(model, protocol=protocol)
+        got = pixels(processor, image)
+        alone = processor_class.for_model(SimpleNamespace(image_size=16, num_channels=1), protocol=protocol)
+        for channel in range(num_channels):
+            assert (got[channel] - pixels(alone, image[channel])[0]).abs().max() <= 1e-6
+        assert torch.equal(pixels(processor, np.moveaxis(image, 0, 2)), got)
+        assert torch.equal(processor.to_pixels(torch.from_numpy(image)), got)
+        assert torch.equal(pixels(processor, image[None]), got)
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_input_data_format_decides_in_every_call(layout):
+    image = np.random.default_rng(0).integers(0, 256, (3, 40, 3), dtype=np.uint8)
+    processor = HfViTImageProcessor(protocol="transformers", size=16)
+    expected = pixels(ViTImageProcessor(size={"height": 16, "width": 16}), image, input_data_format=layout)
+    built = HfViTImageProcessor(protocol="transformers", size=16, input_data_format=layout)
+    for got in (
+        pixels(processor, image, input_data_format=layout),
+        processor.to_pixels(image, input_data_format=layout),
+        pixels(built, image),
+        built.to_pixels(image),
+    ):
+        assert (got - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["bicubic", "BILINEAR", "lanczos"])
+def test_a_filter_is_given_by_name_as_in_stock_processors(name, photo):
+    number = int(Image.Resampling[name.upper()])
+    expected = pixels(ViTImageProcessor(size={"height": 32, "width": 32}, resample=number), photo)
+    processor = HfViTImageProcessor(protocol="transformers", size=32, resample=name)
+    by_number = HfViTImageProcessor(protocol="transformers", size=32, resample=number)
+    called = pixels(HfViTImageProcessor(protocol="transformers", size=32), photo, resample=name)
+    assert torch.equal(pixels(processor, photo), pixels(by_number, photo))
+    assert torch.equal(called, pixels(by_number, photo))
+    assert (called - expected).abs().mean() <= 2 * STEP  # torchvision's 8-bit bicubic differs from Pillow's
+    assert processor.to_dict() == by_number.to_dict()
+    with pytest.raises(ValueError, match="resample is 'cubic': expected one of nearest, box, bilinear"):
+        HfViTImageProcessor(resample="cubic")
+
+
+@BACKENDS
+def test_a_batch_is_one_tensor_with_the_pixels_of_each_image(processor_class, photo):
+    images = [photo, np.array(photo.resize((40, 30))), torch.rand(3, 20, 20, dtype=torch.float64) * 255]
+    for protocol in PROTOCOLS:
+        processor = processor_class(protocol=protocol, size=16)
+        batch = processor(images, return_tensors="pt").pixel_values
+        assert batch.dtype == torch.float32
+        for got, image in zip(batch, images, strict=True):
+            assert torch.equal(got, processor.to_pixels(image))
+        assert np.array_equal(processor(images, return_tensors="np").pixel_values, batch.numpy())
+        listed = processor(images).pixel_values
+        assert all(np.array_equal(np.asarray(one), got) for one, got in zip(listed, batch, strict=True))
+    plain = processor_class(size=16, do_rescale=False, do_normalize=False, do_resize=False)
+    mixed = [np.full((3, 9, 9), 200, np.uint8), np.full((3, 9, 9), 0.5, np.float32)]
+    batch = plain(mixed, return_tensors="pt").pixel_values
+    assert (batch[0] == 200).all()
+    assert (batch[1] == 0.5).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ([], "there are no images: expected at least one"),
+        ([[]], "there are no images"),
+        (np.zeros((0, 3, 9, 9), np.uint8), "there are no images"),
+        (np.zeros((0, 9, 3), np.uint8), r"shape \(0, 9, 3\)"),
+        (np.zeros((1, 1, 3, 9, 9), np.uint8), r"shape \(1, 3, 9, 9\)|shape \(1, 1, 3, 9, 9\)"),
+        (np.zeros((9, 9), complex), "dtype complex128: expected integers, floats or booleans"),
+        (np.zeros((7, 9, 9), np.uint8), r"shape \(7, 9, 9\): expected 3 channels first or last"),
+        ([np.zeros((9, 9, 3), np.uint8), np.zeros((7,), np.uint8)], r"shape \(7,\)"),
+        (np.full((9, 9), 240, np.uint16), r"uint16 values 240\.\.\.240, which fit 0\.\.\.255 as well as 0\.\.\.65535"),
+    ],
+)
+def test_an_unusable_image_is_one_line_without_its_pixels(processor_class, image, said):
+    with pytest.raises(ValueError, match=said) as refusal:
+        processor_class()(image, return_tensors="pt")
+    assert len(str(refusal.value)) < 200
+    assert "\n" not in str(refusal.value)
+
+
+def test_channels_that_the_model_lacks_are_refused_by_count():
+    four = HfViTImageProcessor.for_model(SimpleNamespace(image_size=16, num_channels=4))
+    with pytest.raises(ValueError, match=r"image of mode RGB has 3 channels: expected 4"):
+        four(Image.new("RGB", (9, 9)))
+    with pytest.raises(ValueError, match="image has 1 channels: expected 4"):
+        four(np.zeros((9, 9), np.uint8))
+    rgba = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    assert torch.equal(pixels(four, Image.fromarray(rgba)), pixels(four, rgba))
+
+
+def test_floats_that_cannot_be_0_to_255_are_reported(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    processor, normalised = HfViTImageProcessor(size=4), np.linspace(-1, 1, 48, dtype=np.float32).reshape(4, 4, 3)
+    transformers_logging.warning_once.cache_clear()
+    processor(normalised)
+    assert "image has floats in -1...1 and is divided by 255: pass value_range=(-1, 1)" in caplog.text
+    in_range = HfViTImageProcessor(size=4, value_range=(-1, 1))
+    assert np.allclose(in_range.to_pixels(normalised).permute(1, 2, 0), normalised, atol=1e-6)
+
+
+@pytest.mark.parametrize("value_range", [(1, 0), (0,), "all", (0, float("inf")), 255])
+def test_an_invalid_value_range_is_refused(value_range):
+    with pytest.raises(ValueError, match=r"value_range is .*: expected \(low, high\)"):
+        HfViTImageProcessor(value_range=value_range)
+
+
+def test_a_value_range_is_kept_in_the_file_and_covers_all_deep_images(tmp_path):
+    HfViTImageProcessor(size=8, value_range=[0, 4095]).save_pretrained(tmp_path)
+    processor = HfViTImageProcessor.from_pretrained(tmp_path)
+    dark = np.full((8, 8), 1365, np.uint16)  # a third of 4095
+    for image in (dark, Image.fromarray(dark), dark.astype(np.float32), torch.from_numpy(dark.astype(np.int32))):
+        assert torch.allclose(pixels(processor, image), torch.full((3, 8, 8), 2 * 85 / 255 - 1), atol=1e-6)
+    eight_bits = np.full((8, 8), 85, np.uint8)
+    assert torch.equal(pixels(processor, eight_bits), pixels(HfViTImageProcessor(size=8), eight_bits))
+    with pytest.raises(ValueError, match=r"uint16 values 4096\.\.\.4096: expected 0\.\.\.4095; give the range of all"):
+        processor(np.full((8, 8), 4096, np.uint16))
+    assert "value_range" not in HfViTImageProcessor().to_dict()

@@ -57,7 +57,7 @@ def classifier(**fields):
     return randomised(HfViTForImageClassification(HfViTConfig(**{**SIZES, **fields})))
 
 
-def pictures(count=2, height=32, width=32):
+def images(count=2, height=32, width=32):
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -88,7 +88,7 @@ def stock_trainer(source: Path, folder: Path, **settings: Any) -> Trainer:
         report_to="none",
         **settings,
     )
-    samples = [{"pixel_values": pixels, "labels": i % 5} for i, pixels in enumerate(pictures(20))]
+    samples = [{"pixel_values": pixels, "labels": i % 5} for i, pixels in enumerate(images(20))]
     model = HfViTForImageClassification.from_pretrained(source)
     return Trainer(model=model, args=args, train_dataset=samples, eval_dataset=samples[:8])  # ty: ignore[invalid-argument-type]
 
@@ -129,7 +129,7 @@ def test_lora_on_query_and_value_trains_merges_saves_and_loads(tmp_path):
     classifier().save_pretrained(tmp_path / "base")
     base = HfViTForImageClassification.from_pretrained(tmp_path / "base")
     with torch.no_grad():
-        at_first = base(pictures()).logits
+        at_first = base(images()).logits
     settings = peft.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
     adapted = peft.get_peft_model(base, settings)
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -137,22 +137,22 @@ def test_lora_on_query_and_value_trains_merges_saves_and_loads(tmp_path):
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
     for _ in range(3):
         optimizer.zero_grad()
-        adapted(pixel_values=pictures(), labels=torch.tensor([0, 1])).loss.backward()
+        adapted(pixel_values=images(), labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
     adapted.eval().save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
-        trained = adapted(pixel_values=pictures()).logits
+        trained = adapted(pixel_values=images()).logits
     assert (trained - at_first).abs().max() > 1e-2
     again = peft.PeftModel.from_pretrained(
         HfViTForImageClassification.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
     )
     with torch.no_grad():
-        assert torch.equal(again(pixel_values=pictures()).logits, trained)
+        assert torch.equal(again(pixel_values=images()).logits, trained)
         merged = adapted.merge_and_unload()
-        torch.testing.assert_close(merged(pictures()).logits, trained, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged(images()).logits, trained, atol=1e-5, rtol=0)
         merged.save_pretrained(tmp_path / "merged")
         loaded = HfViTForImageClassification.from_pretrained(tmp_path / "merged")
-        assert torch.equal(loaded(pictures()).logits, merged(pictures()).logits)
+        assert torch.equal(loaded(images()).logits, merged(images()).logits)
 
 
 @asks_by_an_old_name
@@ -163,18 +163,26 @@ def test_a_folder_with_an_adapter_opens_with_it(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = HfViTForImageClassification.from_pretrained(tmp_path / "adapter").eval()
     with torch.no_grad():
-        assert torch.equal(loaded(pictures()).logits, adapted(pixel_values=pictures()).logits)
+        assert torch.equal(loaded(images()).logits, adapted(pixel_values=images()).logits)
 
 
 # -- quantisers
 
 
-def test_quantisers_leave_the_head_and_take_every_other_matrix():
-    model = classifier()
+def converted_layers(model):
     kept = HfQuantizer.get_modules_to_not_convert(model)
-    matrices = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    converted = {name for name in matrices if should_convert_module(f"{name}.weight", kept)}
-    assert matrices - converted == {"classifier"}
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    return linear, {name for name in linear if should_convert_module(f"{name}.weight", kept)}
+
+
+def test_quantisers_convert_the_same_layers_as_in_a_stock_model():
+    linear, converted = converted_layers(classifier(num_hidden_layers=2))
+    stock_linear, stock_converted = converted_layers(
+        ViTForImageClassification(ViTConfig(**(SIZES | {"num_hidden_layers": 2})))
+    )
+    assert len(linear) == len(stock_linear) == 1 + 6 * 2
+    assert ("classifier" in converted) == ("classifier" in stock_converted)
+    assert len(converted) == len(stock_converted)
 
 
 class Quantised(torch.Tensor):
@@ -208,10 +216,10 @@ def test_a_quantised_tensor_is_finite_if_its_scale_is():
 def test_flex_attention_is_the_same_function():
     model = classifier()
     with torch.no_grad():
-        expected = model(pictures()).logits
+        expected = model(images()).logits
         model.set_attn_implementation("flex_attention")
         assert {layer.attn.config._attn_implementation for layer in model.vit.encoder.layer} == {"flex_attention"}
-        torch.testing.assert_close(model(pictures()).logits, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(images()).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_an_attention_backend_of_ones_own_is_asked_as_flash_attention_would_be():
@@ -224,10 +232,10 @@ def test_an_attention_backend_of_ones_own_is_asked_as_flash_attention_would_be()
     AttentionInterface.register("mine", mine)
     model = classifier(attention_probs_dropout_prob=0.25)
     with torch.no_grad():
-        expected = model(pictures()).logits
+        expected = model(images()).logits
         model.set_attn_implementation("mine")
-        assert torch.equal(model(pictures()).logits, expected)
-        model.train()(pictures())
+        assert torch.equal(model(images()).logits, expected)
+        model.train()(images())
     assert asked[0] == ((2, 4, 17, 8), None, False, 8**-0.5, 0.0)
     assert asked[4] == ((2, 4, 17, 8), None, False, 8**-0.5, 0.25)
     assert (model._supports_flash_attn, model._supports_flex_attn, model._supports_sdpa) == (True, True, True)
@@ -237,10 +245,10 @@ def test_an_attention_backend_of_ones_own_is_asked_as_flash_attention_would_be()
 
 
 def photos():
-    """Pictures of every kind that a pipeline meets: three channels, transparency, gray with and without it."""
+    """Images of every kind that a pipeline meets: three channels, transparency, gray with and without it."""
     noise = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    picture = Image.fromarray(noise.numpy())
-    return [picture, picture.convert("RGBA"), picture.convert("LA"), picture.convert("L")]
+    image = Image.fromarray(noise.numpy())
+    return [image, image.convert("RGBA"), image.convert("LA"), image.convert("L")]
 
 
 @pytest.fixture
@@ -251,7 +259,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_the_image_classification_pipeline_takes_every_picture_in_batches(folder, tmp_path):
+def test_the_image_classification_pipeline_takes_every_image_in_batches(folder, tmp_path):
     classify = pipeline("image-classification", model=str(folder), top_k=2)
     photos()[0].save(tmp_path / "photo.png")
     alone = [classify(photo) for photo in [*photos(), str(tmp_path / "photo.png")]]
@@ -299,7 +307,7 @@ def test_upernet_segments_with_our_backbone_and_saves_it(tmp_path, shape):
     config = UperNetConfig(backbone_config=backbone_config(), num_labels=3, **settings)
     model = UperNetForSemanticSegmentation(config).train()
     labels = torch.zeros(2, *shape, dtype=torch.long)
-    output = model(pictures(2, *shape), labels=labels)
+    output = model(images(2, *shape), labels=labels)
     assert output.logits.shape == (2, 3, *shape)
     output.loss.backward()
     assert [name for name, p in model.backbone.named_parameters() if p.grad is None] == []
@@ -307,7 +315,7 @@ def test_upernet_segments_with_our_backbone_and_saves_it(tmp_path, shape):
     loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
     assert_equal_tensors(loaded.state_dict(), model.state_dict())
     with torch.no_grad():
-        assert torch.equal(loaded(pictures(2, *shape)).logits, model(pictures(2, *shape)).logits)
+        assert torch.equal(loaded(images(2, *shape)).logits, model(images(2, *shape)).logits)
 
 
 def test_dpt_estimates_depth_with_our_backbone(tmp_path):
@@ -322,7 +330,7 @@ def test_dpt_estimates_depth_with_our_backbone(tmp_path):
         patch_size=8,
     )
     model = DPTForDepthEstimation(config).train()
-    depth = model(pictures()).predicted_depth
+    depth = model(images()).predicted_depth
     assert depth.shape == (2, 64, 64)
     depth.mean().backward()
     unused = [name for name, p in model.backbone.named_parameters() if p.grad is None]
@@ -330,7 +338,7 @@ def test_dpt_estimates_depth_with_our_backbone(tmp_path):
     model.eval().save_pretrained(tmp_path)
     loaded = DPTForDepthEstimation.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(loaded(pictures()).predicted_depth, model(pictures()).predicted_depth)
+        assert torch.equal(loaded(images()).predicted_depth, model(images()).predicted_depth)
 
 
 # -- in parts
@@ -348,7 +356,7 @@ def compare_on_two_ranks(rank, folder, port):
     labels = torch.tensor([0, 1, 2, 3])
     for source in (folder / "own", folder / "transformers", folder / "timm", folder / "hybrid"):
         expected: Any = HfViTForImageClassification.from_pretrained(source).train()
-        out = expected(pictures(4), labels=labels)
+        out = expected(images(4), labels=labels)
         out.loss.backward()
         for kind, parts in {"tp": DistributedConfig(tp_size=2), "fsdp": DistributedConfig(fsdp_size=2)}.items():
             model: Any = HfViTForImageClassification.from_pretrained(source, distributed_config=parts).train()
@@ -356,7 +364,7 @@ def compare_on_two_ranks(rank, folder, port):
             assert weight.to_local().shape != weight.shape
             assert_equal_tensors({k: whole(v) for k, v in model.state_dict().items()}, expected.state_dict())
             mine = slice(None) if kind == "tp" else slice(2 * rank, 2 * rank + 2)
-            ours = model(pictures(4)[mine], labels=labels[mine])
+            ours = model(images(4)[mine], labels=labels[mine])
             torch.testing.assert_close(ours.logits, out.logits[mine], atol=1e-6, rtol=0)
             ours.loss.backward()
             gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}

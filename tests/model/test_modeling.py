@@ -2,11 +2,12 @@
 
 import copy
 import logging
+import re
 import warnings
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import StochasticDepth
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, ViTConfig, ViTModel
 
 from hf_vit import (
@@ -16,8 +17,7 @@ from hf_vit import (
     HfViTForMaskedImageModeling,
     HfViTModel,
 )
-from hf_vit.modeling_hf_vit import DropPath
-from hf_vit.resnetv2 import StdConv2d, pad_same
+from hf_vit.resnetv2 import pad_same
 
 
 TINY = {
@@ -85,44 +85,6 @@ def test_attention_probabilities_come_with_every_backend_and_change_nothing(back
     assert [tuple(a.shape) for a in asked.attentions] == [(2, 3, 17, 17)] * 3
     for probabilities in asked.attentions:
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 17), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_the_last_block_works_for_the_class_token_alone_and_gives_the_same_gradients(backend):
-    model = randomised(HfViTForImageClassification._from_config(tiny(image_size=96), attn_implementation=backend))
-    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    labels = torch.tensor([1, 4])
-
-    def run(**kwargs):
-        model.zero_grad()
-        with FlopCounterMode(display=False) as counter:
-            outputs = model(pixels, labels=labels, **kwargs)
-            outputs.loss.backward()
-        return outputs.logits, [parameter.grad for parameter in model.parameters()], counter.get_total_flops()
-
-    alone, all_tokens = run(), run(output_hidden_states=True)
-    torch.testing.assert_close(alone[0], all_tokens[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(alone[1], all_tokens[1], atol=1e-4, rtol=1e-4)
-    assert alone[2] < 0.85 * all_tokens[2]  # two thirds of the last of three blocks are not computed
-
-
-@pytest.mark.parametrize(
-    ("fields", "asked"),
-    [
-        ({}, {"output_hidden_states": True}),
-        ({}, {"output_attentions": True}),
-        ({}, {"attention_mask": torch.ones(2, 17).tril(15)}),
-        ({"pooling": "gap"}, {}),
-        ({"pooling": "map"}, {}),
-        ({"pooling": "none"}, {}),
-    ],
-)
-def test_all_tokens_are_computed_where_somebody_reads_them(fields, asked, pixels):
-    model = randomised(HfViTModel._from_config(tiny(**fields), attn_implementation="eager"))
-    with torch.no_grad():
-        alone = model(pixels, pooled_only=True).last_hidden_state
-        assert alone.shape == ((2, 17, 24) if fields else (2, 16, 24))
-        assert model(pixels, pooled_only=True, **asked).last_hidden_state.shape == (2, 17, 24)
 
 
 def test_a_hook_in_the_last_block_sees_all_tokens(pixels):
@@ -254,41 +216,40 @@ def test_unpooled_logits_are_one_row_a_token(pixels):
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
 
 
-def test_soft_labels_are_a_cross_entropy_and_stay_one(pixels):
-    model = randomised(HfViTForImageClassification(tiny()))
+def test_soft_labels_are_a_cross_entropy_where_the_problem_type_says_so(pixels):
+    model = randomised(HfViTForImageClassification(tiny(problem_type="single_label_classification")))
     labels = torch.softmax(torch.randn(2, 5), dim=-1)
     out = model(pixels, labels=labels)
     torch.testing.assert_close(out.loss, -(labels * out.logits.log_softmax(-1)).sum(-1).mean())
-    assert model.config.problem_type is None
     hard = model(pixels, labels=torch.tensor([0, 1])).loss
     one_hot = model(pixels, labels=torch.eye(5)[:2]).loss
     torch.testing.assert_close(hard, one_hot)
 
 
-# -- pictures of another size
+# -- images of another size
 
 
 @pytest.mark.parametrize("size", [(48, 32), (32, 40), (24, 24), (39, 33)])
 def test_another_grid_is_refused_by_name_or_resampled(size):
     model = randomised(HfViTForImageClassification(tiny()))
-    picture = torch.randn(1, 3, *size)
+    image = torch.randn(1, 3, *size)
     grid = model.config.grid_of(size)
     if grid == (4, 4):
-        assert model(picture).logits.shape == (1, 5)  # what does not fill a patch is dropped
+        assert model(image).logits.shape == (1, 5)  # what does not fill a patch is dropped
         return
     with pytest.raises(ValueError, match=rf"grid of {grid[0]}x{grid[1]} patches.*interpolate_pos_encoding=True"):
-        model(picture)
+        model(image)
     resized = copy.deepcopy(model)
     resized.resize_position_embeddings(size)
     with torch.no_grad():
-        assert torch.equal(model(picture, interpolate_pos_encoding=True).logits, resized(picture).logits)
+        assert torch.equal(model(image, interpolate_pos_encoding=True).logits, resized(image).logits)
 
 
-def test_wrong_pictures_are_refused_by_name():
+def test_images_that_do_not_fit_are_refused():
     model = HfViTModel(tiny())
-    with pytest.raises(ValueError, match=r"must be \(pictures, 3, height, width\), got \(2, 1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(2, 1, 32, 32\): expected \(images, 3, height, width\)"):
         model(torch.zeros(2, 1, 32, 32))
-    with pytest.raises(ValueError, match="7x32 pixels is smaller than one patch"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 7, 32\): expected .* of at least one patch \(patch_size 8"):
         model(torch.zeros(2, 3, 7, 32), interpolate_pos_encoding=True)
 
 
@@ -341,19 +302,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(pixels):
         assert torch.equal(a.grad, b.grad)
 
 
-def test_drop_path_drops_whole_pictures_and_keeps_the_mean():
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
     torch.manual_seed(0)
-    layer, x = DropPath(0.25).train(), torch.ones(4000, 2, 3)
+    layer, x = StochasticDepth(0.25, mode="row").train(), torch.ones(4000, 2, 3)
     y = layer(x)
-    per_picture = y.flatten(1)
-    assert per_picture.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert (per_picture == per_picture[:, :1]).all()
+    per_image = y.flatten(1)
+    assert per_image.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (per_image == per_image[:, :1]).all()
     assert y.mean().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(layer.eval()(x), x)
 
 
 def test_drop_path_grows_linearly_to_the_last_block():
-    rates = [block.drop_path.rate for block in HfViTModel(tiny(drop_path_rate=0.3)).encoder.layer]
+    rates = [block.drop_path.p for block in HfViTModel(tiny(drop_path_rate=0.3)).encoder.layer]
     assert rates == pytest.approx([0, 0.15, 0.3])
 
 
@@ -382,23 +343,6 @@ def test_same_padding_puts_the_odd_pixel_last(size, kernel, stride):
     assert (padded.shape[-1] - kernel) // stride + 1 == out
 
 
-def test_a_frozen_kernel_is_standardised_once_and_again_when_written():
-    conv = StdConv2d(3, 8, 3).requires_grad_(False)
-    first = conv.standardized_weight()
-    assert conv.standardized_weight() is first
-    torch.testing.assert_close(first.mean((1, 2, 3)), torch.zeros(8), atol=1e-6, rtol=0)
-    with torch.no_grad():
-        conv.weight[0] += torch.randn(3, 3, 3)
-    assert not torch.equal(conv.standardized_weight(), first)
-    conv.double()
-    assert conv.standardized_weight().dtype == torch.float64
-    conv.float().requires_grad_(True)
-    assert conv.standardized_weight().requires_grad
-    with torch.inference_mode():
-        kept = conv.standardized_weight()
-    assert not kept.is_inference()
-
-
 # -- heads
 
 
@@ -412,7 +356,7 @@ def test_masked_image_modelling_reconstructs_hidden_patches_only(pixels):
     torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_masked_image_modelling_takes_odd_pictures():
+def test_masked_image_modelling_takes_odd_images():
     model = HfViTForMaskedImageModeling(tiny(image_size=(35, 50)))
     out = model(torch.randn(1, 3, 35, 50), bool_masked_pos=torch.ones(1, 24))
     assert out.reconstruction.shape == (1, 3, 32, 48)
@@ -448,13 +392,13 @@ def test_a_saved_model_loads_to_equal_weights(cls, tmp_path):
 def test_image_size_at_load_resamples_as_the_forward_does(tmp_path):
     model = randomised(HfViTForImageClassification(tiny()))
     model.save_pretrained(tmp_path)
-    picture = torch.randn(1, 3, 48, 24)
+    image = torch.randn(1, 3, 48, 24)
     loaded = HfViTForImageClassification.from_pretrained(tmp_path, image_size=(48, 24))
     auto = AutoModelForImageClassification.from_pretrained(tmp_path, image_size=[48, 24])
     with torch.no_grad():
-        expected = model(picture, interpolate_pos_encoding=True).logits
-        torch.testing.assert_close(loaded(picture).logits, expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(auto(picture).logits, expected, atol=1e-6, rtol=0)
+        expected = model(image, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(loaded(image).logits, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(auto(image).logits, expected, atol=1e-6, rtol=0)
 
 
 def test_a_missing_tensor_raises(tmp_path):
@@ -494,9 +438,9 @@ def test_a_new_head_is_made_when_asked_for_and_said(tmp_path, caplog):
     model = randomised(HfViTForImageClassification(tiny()))
     model.save_pretrained(tmp_path)
     logging.getLogger("transformers").propagate = True
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         other = HfViTForImageClassification.from_pretrained(tmp_path, num_labels=7)
-    assert "made new, because the checkpoint has none that fits: +classifier.bias, +classifier.weight" in caplog.text
+    assert re.search(r"classifier\.weight.*MISMATCH", caplog.text)
     assert other.classifier.weight.shape == (7, 24)
     assert not other.classifier.weight.any()
 
@@ -504,7 +448,7 @@ def test_a_new_head_is_made_when_asked_for_and_said(tmp_path, caplog):
 def test_the_layer_before_the_head_is_dropped_when_asked_for(tmp_path, caplog):
     model = randomised(HfViTForImageClassification(tiny(representation_size=16)))
     model.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         logger = logging.getLogger("transformers")
         logger.propagate = True
         without = HfViTForImageClassification.from_pretrained(tmp_path, representation_size=None)
@@ -512,8 +456,8 @@ def test_the_layer_before_the_head_is_dropped_when_asked_for(tmp_path, caplog):
     assert without.config.representation_size is None
     assert without.vit.pre_logits is None
     assert without.classifier.weight.shape == (5, 24)
-    assert "not read: -vit.pre_logits.bias, -vit.pre_logits.weight" in caplog.text
-    assert "made new, because the checkpoint has none that fits: +classifier.weight" in caplog.text
+    assert re.search(r"pre_logits\.weight.*UNEXPECTED", caplog.text)
+    assert re.search(r"classifier\.weight.*MISMATCH", caplog.text)
     base = HfViTModel.from_pretrained(tmp_path, representation_size=None)
     assert torch.equal(base.encoder.encoder_norm.weight, model.vit.encoder.encoder_norm.weight)
     without.save_pretrained(tmp_path / "without")

@@ -62,7 +62,7 @@ EXTREMES = {
 @pytest.mark.reliability(row="N03")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 1000.0])
-def test_extreme_pictures_give_finite_logits_with_every_backend(sharpness, dtype, pixels, figure):
+def test_extreme_images_give_finite_logits_with_every_backend(sharpness, dtype, pixels, figure):
     finite = {}
     for backend in BACKENDS:
         model = model_of(backend, dtype, sharpness=sharpness)
@@ -76,13 +76,13 @@ def test_extreme_pictures_give_finite_logits_with_every_backend(sharpness, dtype
 
 @pytest.mark.reliability(row="N03")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_pixel_that_is_no_number_is_refused_where_pictures_come_in(value, pixels):
+def test_a_pixel_that_is_no_number_is_refused_where_images_come_in(value, pixels):
     processor = HfViTImageProcessor(size=32)
     bad = pixels[0].clone()
     bad[1, 4, 5] = value
-    for picture in (bad, bad.numpy(), bad.permute(1, 2, 0).numpy().astype("float64")):
-        with pytest.raises(ValueError, match="pixels that are NaN or infinite"):
-            processor(picture, return_tensors="pt", do_rescale=False)
+    for image in (bad, bad.numpy(), bad.permute(1, 2, 0).numpy().astype("float64")):
+        with pytest.raises(ValueError, match="values that are NaN or infinite"):
+            processor(image, return_tensors="pt", do_rescale=False)
 
 
 @pytest.mark.reliability(row="N04")
@@ -98,7 +98,7 @@ def test_the_backends_differ_by_no_more_than_the_incumbents(kind, bound, pixels,
 
 @pytest.mark.reliability(row="N05")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_picture_has_its_logits_whatever_its_company_the_threads_and_the_time(backend, pixels, figure):
+def test_an_image_has_its_logits_whatever_its_company_the_threads_and_the_time(backend, pixels, figure):
     model = model_of(backend, torch.float32)
     together = logits_of(model, pixels)
     alone = torch.cat([logits_of(model, pixels[index : index + 1]) for index in range(len(pixels))])
