@@ -16,12 +16,14 @@ import torch
 from file_server import serve
 from golden_cases import OWN_GOLDENS, import_command, read_cases
 from safetensors.torch import load_file, save_file
+from transformers import ViTForImageClassification
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor, HfViTModel
 from hf_vit.catalogue.entries import is_published, read_catalogue
 from hf_vit.checkpoints.layouts import JaxLayout, Rule, group_by_theirs
 from hf_vit.files.errors import CheckpointError
 from hf_vit.files.npz import write_npz
+from hf_vit.hub.push import HUB_FILES
 
 
 jax_to_safetensors = import_command("jax_to_safetensors")
@@ -52,7 +54,7 @@ def write_tiny_checkpoint(path, *, head_scale=1.0, **fields):
 
 
 def run_as_command(monkeypatch, script, *arguments):
-    """What the shell would see: the exit status, or the message on stderr that stands for 1."""
+    """Run a script as the shell does and return its exit status."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(CONVERSION / f"{script}.py"), run_name="__main__")
@@ -64,7 +66,7 @@ def run_as_command(monkeypatch, script, *arguments):
 
 def test_a_converted_folder_is_complete_and_opens_as_its_checkpoint_does(tmp_path, capsys):
     certificate = convert(TOKEN, tmp_path / "model")
-    files = {"README.md", "config.json", "model.safetensors", "parity.json", "preprocessor_config.json"}
+    files = {"README.md", "config.json", "model.safetensors", "parity.json", "preprocessor_config.json", *HUB_FILES}
     assert {path.name for path in (tmp_path / "model").iterdir()} == files
     assert {path.stat().st_mode & 0o444 for path in (tmp_path / "model").iterdir()} == {0o444}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -144,7 +146,7 @@ def test_a_dry_run_leaves_what_a_push_would_send(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--image_size", "1", "2", "3"], "one number, or height and width, got 3"),
+        (["--image_size", "1", "2", "3"], "one value, or height and width, got 3"),
         (["--image_size", "8"], "smaller than one patch"),
         (["--max_shard_size", "much"], "not in a valid format"),
         (["--pooling", "map"], "no place for attention pooling"),
@@ -274,7 +276,7 @@ def test_the_way_back_takes_whatever_opens(tmp_path):
     convert(TOKEN, tmp_path / "model", "--max_shard_size", "100KB", "--verify", "false")
     HfViTModel.from_pretrained(TOKEN).save_pretrained(tmp_path / "base")
     for source, count in ((TOKEN, 58), (tmp_path / "model", 58), (tmp_path / "base", 56)):
-        safetensors_to_jax.main([str(source), str(tmp_path / "back.npz")])
+        safetensors_to_jax.main([str(source), str(tmp_path / "back.npz"), "--overwrite"])
         with (
             np.load(tmp_path / "back.npz", allow_pickle=False) as back,
             np.load(TOKEN, allow_pickle=False) as original,
@@ -353,12 +355,13 @@ def test_bad_input_is_one_line_and_a_status(tmp_path):
         ("verify_parity", ["empty", "--against", "no.npz"], "error: "),
     ],
 )
-def test_every_command_ends_in_an_error_that_says_what(tmp_path, monkeypatch, script, arguments, reason):
+def test_every_command_ends_in_an_error_that_says_what(tmp_path, monkeypatch, capsys, script, arguments, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    message = run_as_command(monkeypatch, script, *arguments)
+    assert run_as_command(monkeypatch, script, *arguments) == 1
+    message = capsys.readouterr().err
     assert message.startswith(reason)
-    assert "\n" not in message
+    assert message.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -378,7 +381,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch, script)
     else:
         target = tmp_path / "out" / "back.npz"
         monkeypatch.setattr("zipfile._ZipWriteFile.write", interrupt)
-    assert run_as_command(monkeypatch, script, TOKEN, target) == "interrupted: nothing was written"
+    assert run_as_command(monkeypatch, script, TOKEN, target) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old.txt"]
 
@@ -522,3 +525,66 @@ def test_the_page_names_published_files_only():
     assert len(names) > 25
     assert [name for name in names if not is_published(name)] == []
     assert f"lists {len(read_catalogue())} of them" in page
+
+
+def test_conversion_keeps_the_source_and_every_file_of_the_user_in_its_folder(tmp_path):
+    source = shutil.copy(TOKEN, tmp_path / "ViT.npz")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_text("mine")
+    convert(source, tmp_path)
+    convert(source, tmp_path)  # the same source again
+    assert (tmp_path / "ViT.npz").read_bytes() == TOKEN.read_bytes()
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "other" / "model.safetensors").read_text() == "mine"
+    HfViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_another_model_and_an_edited_card_are_refused_before_the_work_starts(tmp_path, monkeypatch):
+    convert(TOKEN, tmp_path)
+    other = OWN_GOLDENS / "vit_p16_gray.npz"
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(jax_to_safetensors, "convert_jax_checkpoint", None)
+        with pytest.raises(FileExistsError, match=r"already holds .* pass --overwrite"):
+            convert(other, tmp_path)
+        (tmp_path / "README.md").write_text("my words")
+        with pytest.raises(FileExistsError, match="was not written by hf-vit, or was edited"):
+            convert(TOKEN, tmp_path)
+        (tmp_path / "README.md").write_bytes(before[tmp_path / "README.md"])
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    convert(other, tmp_path, "--overwrite")
+    assert json.loads((tmp_path / "parity.json").read_text())["source"] == other.name
+
+
+PLAIN = OWN_GOLDENS / "vit_p16_tok_linen.npz"
+
+
+def test_a_stock_folder_opens_without_the_package_and_has_the_checkpoints_logits(tmp_path):
+    convert(
+        PLAIN,
+        tmp_path / "stock",
+        "--format",
+        "transformers",
+        "--license",
+        "apache-2.0",
+    )
+    names = {path.name for path in (tmp_path / "stock").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "parity.json", "preprocessor_config.json"}
+    certificate = json.loads((tmp_path / "stock" / "parity.json").read_text())
+    assert certificate["passed"]
+    assert certificate["differences"]["logits"] < 1e-5
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert certificate["sha256"] in card
+    assert "auto_map" not in (tmp_path / "stock" / "config.json").read_text()
+    stock = ViTForImageClassification.from_pretrained(tmp_path / "stock").eval()
+    model = HfViTForImageClassification.from_pretrained(PLAIN).eval()
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(stock(pixels).logits, model(pixels).logits, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_stock_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match="transformers' ViT has no place for"):
+        convert(OWN_GOLDENS / "hybrid_r3_wf1.npz", tmp_path / "stock", "--format", "transformers")
+    assert not (tmp_path / "stock").exists()

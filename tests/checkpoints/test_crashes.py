@@ -108,7 +108,7 @@ def test_killed_at_any_file_operation_of_a_save_the_newest_checkpoint_is_whole(f
     folder = root / "run"
     trainer = trainer_in(folder, max_steps=1)
     trainer.train()
-    trainer = trainer_in(folder, max_steps=3)
+    trainer = trainer_in(folder, max_steps=3, allow_changed_arguments=True)
 
     def save_and_die(deadline):
         save = trainer._save_checkpoint

@@ -51,7 +51,7 @@ def assign(value):
 
 def prefix_all(tensors, name):
     for old in list(tensors):
-        tensors["backbone." + old] = tensors.pop(old)
+        tensors["wrapper." + old] = tensors.pop(old)
 
 
 def with_one(tensor, value):
@@ -108,14 +108,14 @@ def test_a_head_of_another_width_is_made_new_only_when_asked_for(folder):
 def test_a_file_that_is_no_safetensors_raises_the_one_error(folder, content):
     path = sorted(folder.glob("*.safetensors"))[0]
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="safetensors file"):
         HfViTForImageClassification.from_pretrained(folder)
 
 
 def test_a_truncated_file_raises_the_one_error(folder):
     path = sorted(folder.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="safetensors file"):
         HfViTForImageClassification.from_pretrained(folder)
 
 
@@ -174,16 +174,19 @@ HOSTILE_TIMM = [
 HOSTILE_TO_TRANSFORMERS = [
     *(({"dtype": dtype}, "dtype is") for dtype in (3, True, float("nan"), [], "int8", "quick", "float8_e4m3fn")),
     ({"torch_dtype": "int8"}, "torch_dtype is"),
-    ({"checkpoint_layout": {"dtype": float("nan")}}, "describes no model"),
-    ({"label2id": {"dtype": []}}, "describes no model"),
-    ({"out_indices": [-5]}, "describes no model"),
+    ({"checkpoint_layout": {"dtype": float("nan")}}, "describes no valid model"),
+    ({"label2id": {"dtype": []}}, "describes no valid model"),
+    ({"out_indices": [-5]}, "describes no valid model"),
     *(({"_attn_implementation": name}, "expected eager, sdpa") for name in (True, "", "flash_attention_2")),
     ({"attn_implementation": "owner/kernels:attention"}, "expected eager, sdpa"),
     ({"experts_implementation": True}, "expected nothing"),
     ({"output_attentions": "x"}, "output_attentions is"),
     *(({"quantization_config": value}, "quantization_config") for value in (True, [], {"a": 1}, {"quant_method": []})),
     ({"quantization_config": {"quant_method": "no such one"}, "hidden_size": 16_384}, "quantization_config"),
-    *(({name: {}}, f"{name} is no field") for name in ("attribute_map", "to_dict", "__class__", "base_model_tp_plan")),
+    *(
+        ({name: {}}, f"{name} is an attribute of the class")
+        for name in ("attribute_map", "to_dict", "__class__", "base_model_tp_plan")
+    ),
 ]
 
 
@@ -235,12 +238,12 @@ def test_arguments_of_timm_that_are_not_those_of_the_weights_are_refused(tmp_pat
     assert str(tmp_path) in str(error.value)
 
 
-def test_pictures_that_are_not_those_of_the_positions_are_refused(tmp_path):
+def test_images_that_are_not_those_of_the_positions_are_refused(tmp_path):
     randomised(ViTForImageClassification(ViTConfig(**TINY))).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**stored, "image_size": 64}))
     with pytest.raises(
-        CheckpointError, match=r"says pictures of 64 pixels, but .*position_embeddings is for 16 patches"
+        CheckpointError, match=r"says images of 64 pixels, but .*position_embeddings is for 16 patches"
     ):
         HfViTForImageClassification.from_pretrained(tmp_path)
 
@@ -352,7 +355,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, name):
     torch.save({"cls_token": Evil()}, tmp_path / name)
     ViTConfig(**TINY).save_pretrained(tmp_path)
     source = tmp_path if name == "pytorch_model.bin" else tmp_path / name
-    with pytest.raises(CheckpointError, match="is no state dict that loads with weights_only=True"):
+    with pytest.raises(CheckpointError, match="cannot be read with weights_only=True"):
         HfViTModel.from_pretrained(source, **({} if source == tmp_path else {"num_attention_heads": 2}))
 
 

@@ -1,6 +1,6 @@
-"""What a foreign checkpoint is once it is understood, and what is refused on the way.
+"""A foreign checkpoint with its configuration and rules, and the checks that both readers share.
 
-`jax_checkpoints` and `torch_checkpoints` open files and decide the configuration; both give a `Checkpoint`.
+`from_jax` and `from_torch` open files and decide the configuration; both return a `Checkpoint`.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_vit.checkpoints.layouts import JaxLayout, Rule
-from hf_vit.configuration_hf_vit import HfViTConfig, stem_stride
+from hf_vit.configuration_hf_vit import HfViTConfig, pair, stem_stride
 from hf_vit.files.errors import CheckpointError
 
 
-# What a configuration raises that describes no model, whatever is in it.
+# What HfViTConfig raises for fields that describe no model.
 UNFIT = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 _LARGE = 8 << 20  # elements of a matrix that is transposed block by block
@@ -38,14 +38,14 @@ class NamedArrays(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A foreign checkpoint, understood: its arrays, the configuration, and the rules that tie them to ours.
+    """The arrays of a foreign checkpoint, its configuration, and the rules that tie them to our parameters.
 
     Args:
         layout: The variety of the JAX layout; None for a layout of PyTorch code.
         left_out: Names in the file that belong to no image model: optimizer state, a text tower.
         has_head: Whether there is a rule for a classifier. `config.num_labels` counts the classes in the file (0
             without a head) even if its head was left out together with the layer before it.
-        dtype: What the model computes in unless told otherwise.
+        dtype: What the model computes in by default.
     """
 
     arrays: NamedArrays
@@ -64,7 +64,7 @@ class Checkpoint:
         """
         value = self._read(rule)
         if not is_finite(value):
-            raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has NaN or Inf; expected finite numbers")
+            raise CheckpointError(f"{self.arrays.path}: {rule.theirs} has NaN or Inf; expected finite values")
         return value
 
     def _read(self, rule: Rule) -> torch.Tensor:
@@ -88,7 +88,7 @@ def updated(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def patches_of(fields: dict[str, Any], image_size: int | Sequence[int]) -> int:
-    """Return the patches of a picture of `image_size` pixels."""
+    """Return the patches of a image of `image_size` pixels."""
     return math.prod(HfViTConfig(**updated(fields, image_size=image_size)).grid_size)
 
 
@@ -106,21 +106,39 @@ def image_size_of(
     side = math.isqrt(max(patches, 0))
     if patches < 1 or side * side != patches:
         raise CheckpointError(
-            f"{table} is for {patches} patches, which is no square grid: pass image_size=(height, width)"
+            f"{table} is for {patches} patches, which is not a square grid: pass image_size=(height, width)"
         )
     stride, patch = stem_stride(fields.get("resnet_layers")), fields["patch_size"]
-    if isinstance(patch, int):
-        return side * patch * stride
-    return (side * patch[0] * stride, side * patch[1] * stride)
+    height, width = (side * pixels * stride for pixels in pair(patch))
+    return height if isinstance(patch, int) else (height, width)
+
+
+def near_square(patches: int) -> tuple[int, int] | None:
+    """Return the grid of this many patches whose sides are closest, None if one is over twice the other."""
+    height = next(side for side in range(math.isqrt(patches), 0, -1) if patches % side == 0)
+    return (height, patches // height) if patches <= 2 * height**2 else None
+
+
+def two_readings(table: str, fields: dict[str, Any], with_row: tuple[int, int], without_row: tuple[int, int]) -> str:
+    """Return a message that names both readings of a position table and the argument that decides."""
+    stride, patch = stem_stride(fields.get("resnet_layers")), fields["patch_size"]
+    sizes = [
+        tuple(side * p * stride for side, p in zip(grid, pair(patch), strict=True)) for grid in (with_row, without_row)
+    ]
+    return (
+        f"{table} is for {with_row[0]}x{with_row[1]} patches and the class token, or for "
+        f"{without_row[0]}x{without_row[1]} patches alone: pass image_size={sizes[0]} or image_size={sizes[1]}, "
+        "the size that the weights are for"
+    )
 
 
 def numbered(names: Iterable[str], pattern: str) -> set[int]:
-    """Return the numbers that the group of `pattern` finds in `names`."""
+    """Return the integers that the group of `pattern` finds in `names`."""
     return {int(match[1]) for name in names if (match := re.match(pattern, name))}
 
 
 def find_name(names: Iterable[str], pattern: str) -> str:
-    """Return the first name that `pattern` fits as a whole."""
+    """Return the first name that `pattern` matches completely."""
     name = next((name for name in names if re.fullmatch(pattern, name)), None)
     if name is None:
         raise CheckpointError(f"has no tensor like {pattern}")
@@ -128,7 +146,7 @@ def find_name(names: Iterable[str], pattern: str) -> str:
 
 
 def shape_of(names: dict[str, tuple[int, ...]], name: str, dimensions: int) -> tuple[int, ...]:
-    """Return the shape of an array that must be there, with so many dimensions."""
+    """Return the shape of a required array of this many dimensions."""
     if name not in names:
         raise CheckpointError(f"has no tensor {name}")
     shape = names[name]
@@ -151,12 +169,12 @@ def check_names(arrays: NamedArrays, rules: list[Rule], names: set[str]) -> None
 
 
 def is_finite(value: torch.Tensor) -> bool:
-    """Say whether there is no NaN and no Inf in it; a tensor without data counts as finite."""
+    """Return whether a tensor has neither NaN nor Inf; one without data counts as finite."""
     if value.is_meta:
         return True
     try:
         total = value.sum(dtype=torch.float32 if value.dtype != torch.float64 else None)
-    except NotImplementedError:  # a quantised tensor: whole numbers, their scales, ...
+    except NotImplementedError:  # a quantised tensor: integers and their scales
         names, _ = value.__tensor_flatten__()  # ty: ignore[missing-attribute]
         return all(is_finite(getattr(value, name)) for name in names)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, constants
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
+from hf_vit.catalogue.download import fetch
+from hf_vit.catalogue.entries import is_published, read_catalogue, suggest
 from hf_vit.checkpoints.foreign import (
     Checkpoint,
     check_names,
@@ -22,10 +26,12 @@ from hf_vit.checkpoints.foreign import (
     image_size_of,
     is_finite,
     listing,
+    near_square,
     numbered,
     patches_of,
     shape_of,
     two_lists,
+    two_readings,
 )
 from hf_vit.checkpoints.layouts import (
     BIG_VISION_POSITIONS,
@@ -37,6 +43,7 @@ from hf_vit.checkpoints.layouts import (
     group_by_theirs,
 )
 from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.files.dtypes import FLOATS
 from hf_vit.files.errors import CheckpointError
 from hf_vit.files.npz import ArrayFile, open_arrays, write_npz
 
@@ -51,8 +58,9 @@ _COMPANIONS = {
     "0/": ("1", "2"),
 }
 _TOWER_COMPANIONS = ("txt/", "t", "b")
+_TORCH_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ORBAX = {"_METADATA", "_CHECKPOINT_METADATA", "checkpoint", "manifest.ocdbt", ".zarray"}
 _POSITIONS = (VIT_JAX_POSITIONS, OLD_BIG_VISION_POSITIONS, BIG_VISION_POSITIONS)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def local_checkpoint(source: str | Path, hub: dict[str, Any] | None = None) -> Path | None:
@@ -61,15 +69,69 @@ def local_checkpoint(source: str | Path, hub: dict[str, Any] | None = None) -> P
     if path.is_file():
         return path
     if path.is_dir():
-        return None
-    from hf_vit.catalogue.download import fetch
-    from hf_vit.catalogue.entries import is_published  # the network's modules are for those who fetch
-
+        return _in_folder(path)
     if re.match(r"(gs|https?)://", str(source)) or is_published(str(source)):
         return fetch(str(source), cache_dir=hub.get("cache_dir"), offline=hub.get("local_files_only") or None)
     if path.suffix == ".npz" or re.fullmatch(r"checkpoint_\d+", path.name):
         raise FileNotFoundError(f"no file {path}: expected an original checkpoint")
+    refuse_unknown(str(source))
     return None
+
+
+def refuse_unknown(source: str) -> None:
+    """Refuse at once what is neither a path nor a Hub id, and what is almost a name of the catalogue."""
+    if Path(source).exists() or re.match(r"(gs|https?)://", source) or is_published(source):
+        return
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
+    is_hub_id = is_hub_id and re.search(r"\.(safetensors|bin|pth|pt|ckpt|tar|pkl|npz)$", source, re.IGNORECASE) is None
+    if not is_hub_id or source.startswith("."):
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    folders = {name.split("/")[0] for name in read_catalogue() if "/" in name}
+    close = suggest(source) if "/" not in source or source.split("/")[0] in folders else []
+    if close and not re.match("google/|timm/|facebook/", source):
+        raise FileNotFoundError(
+            f"{source}: no such file, folder or catalogue name; did you mean {' or '.join(close)}?"
+        )
+
+
+def _in_folder(folder: Path) -> Path | None:
+    """The original checkpoint in a folder that holds no model of PyTorch code: its only `.npz`, or the last step."""
+    names = {path.name for path in folder.iterdir()}
+    if {"config.json", "adapter_config.json"} & names or any(name.startswith(_TORCH_WEIGHTS) for name in names):
+        return None
+    if _ORBAX & names:
+        raise CheckpointError(
+            f"{folder}: is a checkpoint of orbax or tensorstore, which is not read: "
+            "write its parameters with numpy.savez"
+        )
+    archives = sorted(name for name in names if name.endswith(".npz"))
+    steps = {int(match[1]): name for name in names if (match := re.fullmatch(r"checkpoint_(\d+)", name))}
+    if len(archives) > 1 or (archives and steps):
+        raise CheckpointError(
+            f"{folder}: holds several checkpoints ({', '.join([*archives, *steps.values()])}): name one"
+        )
+    found = archives[0] if archives else steps[max(steps)] if steps else None
+    if found is None:
+        return None
+    logger.warning("%s: reading %s", folder, found)
+    return folder / found if (folder / found).is_file() else _in_folder(folder / found)
+
+
+def hub_checkpoint(repo: str, hub: dict[str, Any]) -> Path | None:
+    """The only original `.npz` in a repository on the Hub, None where there is none or it cannot be listed.
+
+    Raises:
+        CheckpointError: if there are several.
+    """
+    where = {name: hub[name] for name in ("revision", "token") if name in hub}
+    try:
+        names = HfApi(endpoint=constants.ENDPOINT).list_repo_files(repo, **where)
+    except Exception:  # whatever the HTTP client raises: the caller reports that there are no weights
+        return None
+    found = [name for name in names if name.endswith(".npz")]
+    if len(found) > 1:
+        raise CheckpointError(f"{repo}: holds several checkpoints ({', '.join(found[:5])}): download one of them")
+    return Path(str(cached_file(repo, found[0], **hub))) if found else None
 
 
 @contextlib.contextmanager
@@ -180,7 +242,7 @@ def _layout_to_write(config: HfViTConfig, dialect: str | None) -> JaxLayout:
 
 def _narrowed(value: torch.Tensor, dtype: str) -> torch.Tensor:
     """`value` in the dtype that its file had, if that loses nothing (a fine-tuned model stays float32)."""
-    narrow = value.to(_DTYPES[dtype])
+    narrow = value.to(FLOATS[dtype])
     if narrow is value:
         return value
     return narrow if torch.equal(narrow.to(value.dtype), value) else value
@@ -275,7 +337,7 @@ def _infer_layout(
         if dialect == "prelinen" or "conv_root/kernel" in names:
             raise CheckpointError(f"has no table of positions; expected {VIT_JAX_POSITIONS}")
         logger.warning("no table of positions in the file: taking big_vision's fixed sine-cosine ones")
-    dtype = next((name for name, kind in _DTYPES.items() if dtypes == {kind}), "float32")
+    dtype = next((name for name, kind in FLOATS.items() if dtypes == {kind}), "float32")
     return JaxLayout(
         dialect=dialect,
         prefix=prefix,
@@ -297,7 +359,13 @@ def _has_class_row(shape: tuple[int, ...], fields: dict[str, Any], overrides: di
         patches = patches_of(fields, overrides["image_size"])
         if patches in (rows, rows - 1):
             return patches == rows - 1
-    return math.isqrt(rows - 1) ** 2 == rows - 1 if rows > 1 else False
+    if rows < 2 or math.isqrt(rows - 1) ** 2 != rows - 1:
+        return False
+    rectangle = near_square(rows)
+    if rectangle is not None:
+        square = math.isqrt(rows - 1)
+        raise CheckpointError(two_readings(f"a table of {rows} rows", fields, (square, square), rectangle))
+    return True
 
 
 def _infer_image_size(

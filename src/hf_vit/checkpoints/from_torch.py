@@ -1,10 +1,11 @@
-"""Checkpoints of PyTorch code - transformers' ViT, timm's, the seed implementation's: understand, decide the config.
+"""Checkpoints of transformers' ViT, of timm and of the reference PyTorch implementation.
 
-The numbers of each code come along: its GELU, its epsilons, how it resamples positions. The tables of names are in
-`layouts`. What is not the original Vision Transformer is refused by name.
+Each comes with the numerics of its code: its GELU, its epsilons, how it resamples positions. The tables of names are
+in `layouts`. What is not the original Vision Transformer is refused by name.
 """
 
 import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Generator, Sequence
@@ -13,9 +14,20 @@ from typing import Any
 
 import torch
 
-from hf_vit.checkpoints.foreign import UNFIT, Checkpoint, check_names, image_size_of, numbered, patches_of, shape_of
+from hf_vit.checkpoints.foreign import (
+    UNFIT,
+    Checkpoint,
+    check_names,
+    image_size_of,
+    near_square,
+    numbered,
+    patches_of,
+    shape_of,
+    two_readings,
+)
 from hf_vit.checkpoints.layouts import torch_rules
 from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.files.dtypes import FLOATS
 from hf_vit.files.errors import CheckpointError
 from hf_vit.files.torch_files import TensorFiles, open_tensors
 
@@ -48,8 +60,8 @@ _PLACES = {
         r"transformer\.encoder\.layer\.(\d+)\.",
     ),
 }
+_PLACES["own"] = ("{}embeddings.patch_embeddings", "{}encoder.layer.0.ffn.fc1", r"{}encoder\.layer\.(\d+)\.")
 _TOKENS = ("cls_token", "embeddings.cls_token", "transformer.embeddings.cls_token")
-_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("pos_embed", "embeddings.position_embeddings", "transformer.embeddings.position_embeddings")
 # transformers' words for our fields, and what it takes where a config.json is silent and we would not.
 _STOCK_FIELDS = (
@@ -72,9 +84,13 @@ _SEED_NUMERICS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
 # Source: timm 1.0.31, vision_transformer.py, vision_transformer_hybrid.py, deit.py.
 _TIMM_ARCHITECTURES = re.compile(
     r"(vit|deit)_(?P<size>tiny|small|base|large|huge|giant|gigantic|so400m|giantopt)"
-    r"(_patch\d+(_siglip)?(_gap)?|_r_s16_p8|_r26_s32|_r50_s(16|32))_\d+(_miil)?"
+    r"(_patch\d+(_siglip)?(_gap)?|_r_s16_p8|_r26_s32|_r50_s(16|32))_\d+(_miil)?|flexivit_(?P<flexible>small|base|large)"
 )
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12}  # the larger ones have 16
+_TIMM_WIDTHS = {
+    "tiny": 192, "small": 384, "base": 768, "large": 1024, "so400m": 1152, "huge": 1280, "giant": 1408,
+    "giantopt": 1536, "gigantic": 1664,
+}  # fmt: skip
 _TIMM_TANH = re.compile(r"vit_(base_patch32|large_patch16(?=\w*_512)|so400m_patch16|giantopt_patch16)_siglip\w*")
 TIMM_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 TIMM_POOLINGS = {"token": "token", "avg": "gap", "map": "map", "": "none"}
@@ -94,28 +110,35 @@ _TIMM_FIXED: dict[str, tuple[Any, ...]] = {
 
 @contextlib.contextmanager
 def open_torch_checkpoint(
-    paths: Sequence[Path], stored: dict[str, Any] | None, *, preset: str | None = None, **overrides: Any
+    paths: Sequence[Path],
+    stored: dict[str, Any] | None,
+    *,
+    preset: str | None = None,
+    weights: str | None = None,
+    **overrides: Any,
 ) -> Generator[Checkpoint]:
-    """Open the weights of a model of transformers, timm or the seed implementation, and understand them.
+    """Open the weights of a model of transformers, timm or the reference PyTorch implementation, and understand them.
 
     Args:
         paths: The weight files: one, or all the shards.
         stored: The `config.json` beside them, transformers' or timm's; None for weights alone.
         preset: A name in `PRESETS`, which tells what weights alone leave open.
+        weights: Which of two sets of weights in a training checkpoint: `"ema"`, or the key that holds it.
         overrides: Fields of `HfViTConfig` over what the files say. `image_size` tells the grid where they cannot (a
-            non-square one of timm's or the seed's); the positions are not resampled here. `representation_size=None`
-            drops transformers' pooler.
+            grid that is not square); the positions are not resampled here. `representation_size=None` drops
+            transformers' pooler.
 
     Raises:
         CheckpointError: if the files are defective, or hold something else than the original Vision Transformer.
     """
-    with open_tensors(paths) as tensors:
+    with open_tensors(paths, weights=weights) as tensors:
         try:
+            tensors.unwrap(weights)
             _check_parts(tensors.shapes)
             layout, prefix = _find_layout(tensors.shapes)
             names = set(tensors.shapes)
             fields, has_class_row = _fields(layout, prefix, tensors.shapes, stored, preset, overrides)
-            head = "classifier.weight" if layout.startswith("transformers") else "head.weight"
+            head = "classifier.weight" if layout in ("transformers", "transformers_v4", "own") else "head.weight"
             classes = shape_of(tensors.shapes, head, 2)[0] if head in names else 0
             fields.update(_labels(classes, stored or {}))
             kept = {name: value for name, value in overrides.items() if name not in ("image_size", "num_labels")}
@@ -137,6 +160,7 @@ def open_torch_checkpoint(
         except UNFIT as error:
             raise CheckpointError(f"{tensors.path}: describes no model: {error}") from error
         check_names(tensors, rules, names - set(left_out))
+        left_out += tensors.left_out
         yield Checkpoint(tensors, config, None, rules, left_out, classes > 0, dtype)
 
 
@@ -155,13 +179,32 @@ def _find_layout(names: Shapes) -> tuple[str, str]:
             return "transformers_v4" if is_old else "transformers", match[1]
     if "transformer.embeddings.patch_embeddings.weight" in names:
         return "seed", ""
+    for prefix in ("", "vit."):
+        if f"{prefix}embeddings.patch_embeddings.weight" in names:
+            return "own", prefix
     if "patch_embed.proj.weight" in names:
         return "timm", ""
     first = ", ".join(list(names)[:3])
     raise CheckpointError(
-        "its tensors are in no layout that is known here (transformers' ViT, timm's, the seed implementation's): "
-        f"{len(names)} of them ({first})"
+        "its tensors are in no layout that is known here (transformers' ViT, timm, the reference PyTorch "
+        f"implementation): {len(names)} of them ({first})"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What the code base and its `config.json` say of the weights.
+
+    Args:
+        image_size: Pixels that the position table must be for; None if not told.
+        pretrained_size: Pixels that the weights were trained for, perhaps under another table.
+        has_class_row: Whether the table has a row for the class token; None if not told.
+    """
+
+    fields: dict[str, Any]
+    image_size: Any = None
+    pretrained_size: Any = None
+    has_class_row: bool | None = True
 
 
 def _fields(
@@ -175,45 +218,77 @@ def _fields(
     """The fields of the configuration, and whether the table of positions has a row for the class token."""
     bare = {name.removeprefix(prefix): shape for name, shape in names.items()}
     sizes = _sizes(layout, prefix, names, bare)
-    told: dict[str, Any] = {}
-    announced: Any = None  # pixels that config.json says, and that the table must be for
-    pretrained: Any = None  # pixels that the weights were trained for, perhaps under another table
     if layout == "timm":
-        fields: dict[str, Any] = {**TIMM_NUMERICS, **sizes}
-        if stored is not None:
-            fields.update(_timm_fields(stored, sizes["use_cls_token"]))
-            told = stored.get("model_args") or {}
-            _check_told(told, stored, sizes, bare)
-            announced = told.get("img_size")
-            pretrained = (stored.get("pretrained_cfg", stored).get("input_size") or (0, None))[1:]
-    elif layout == "seed":
-        if any("hybrid_model" in name for name in names):
-            raise CheckpointError(
-                "is a hybrid of the seed implementation, whose stem pads and normalises otherwise than the reference: "
-                "load the original .npz file instead"
-            )
-        fields = {**_SEED_NUMERICS, **sizes}
+        told = _told_by_timm(stored, sizes, bare, overrides)
+    elif layout in ("seed", "own"):
+        told = _Told(_numerics_alone(layout, names))
     else:
-        fields = {**_STOCK_DEFAULTS, **_STOCK_NUMERICS, **sizes, **_stock_fields(stored or {}, bare, overrides)}
-        announced = fields.pop("image_size", None)
+        fields = _stock_fields(stored or {}, bare, overrides)
+        told = _Told({**_STOCK_DEFAULTS, **_STOCK_NUMERICS, **fields}, fields.get("image_size"))
+    fields = {**sizes, **told.fields}
     if stored is None:
         fields["num_attention_heads"] = _heads(sizes, preset, overrides)
+    fields["image_size"], has_class_row = _grid(bare, fields, told, overrides.get("image_size"))
+    return fields, has_class_row
+
+
+def _numerics_alone(layout: str, names: Shapes) -> dict[str, Any]:
+    """Return the numerics of weights that come without a `config.json` in any case."""
+    if layout == "seed" and any("hybrid_model" in name for name in names):
+        raise CheckpointError(
+            "is a hybrid of the reference PyTorch implementation, whose stem pads and normalises differently from the "
+            "original: load the original .npz file instead"
+        )
+    if any("hybrid_model" in name or "pre_logits" in name for name in names):
+        raise CheckpointError(
+            "has a stem or a representation layer, which weights alone do not describe: open its folder"
+        )
+    return {**_SEED_NUMERICS} if layout == "seed" else {}
+
+
+def _told_by_timm(
+    stored: dict[str, Any] | None, sizes: dict[str, Any], bare: Shapes, overrides: dict[str, Any]
+) -> _Told:
+    if stored is None:
+        return _Told({**TIMM_NUMERICS}, has_class_row=None)
+    arguments = stored.get("model_args") or {}
+    fields = {**TIMM_NUMERICS, **_timm_fields(stored, sizes, overrides)}
+    _check_told(arguments, stored, sizes, bare)
+    input_size = stored.get("pretrained_cfg", stored).get("input_size") or (0, None)
+    is_flexible = str(stored.get("architecture")).startswith("flexivit_")
+    has_class_row = not arguments.get("no_embed_class", is_flexible)
+    return _Told(fields, arguments.get("img_size"), input_size[1:], has_class_row)
+
+
+def _grid(bare: Shapes, fields: dict[str, Any], told: _Told, requested: Any) -> tuple[Any, bool]:
+    """Return the pixels that the position table is for, and whether it has a row for the class token."""
     table = next((name for name in _TABLES if name in bare), None)
     if table is None:
         raise CheckpointError(f"has no table of positions ({', '.join(_TABLES)})")
-    rows, asked = shape_of(bare, table, 3)[1], overrides.get("image_size")
-    has_class_row = sizes["use_cls_token"] and not told.get("no_embed_class")
-    if layout == "timm" and stored is None and has_class_row:  # a square without it, and no square with it
-        has_class_row = math.isqrt(rows) ** 2 != rows or patches_of(fields, asked or 224) == rows - 1
+    rows, has_class_row = shape_of(bare, table, 3)[1], told.has_class_row
+    if not fields["use_cls_token"]:
+        has_class_row = False
+    elif has_class_row is None:
+        has_class_row = _decide_class_row(table, rows, fields, requested)
     patches = rows - int(has_class_row)
-    announced: Any = tuple(announced) if isinstance(announced, list) else announced
+    sizes = [told.image_size, requested, told.image_size, told.pretrained_size]
+    announced, *candidates = (tuple(size) if isinstance(size, list) else size for size in sizes)
     if announced is not None and patches_of(fields, announced) != patches:
-        raise CheckpointError(f"config.json says pictures of {announced} pixels, but {table} is for {patches} patches")
-    candidates: list[Any] = [
-        tuple(size) if isinstance(size, list) else size for size in (asked, announced, pretrained) if size
-    ]
-    fields["image_size"] = image_size_of(table, patches, fields, candidates)
-    return fields, has_class_row
+        raise CheckpointError(f"config.json says images of {announced} pixels, but {table} is for {patches} patches")
+    return image_size_of(table, patches, fields, [size for size in candidates if size]), has_class_row
+
+
+def _decide_class_row(table: str, rows: int, fields: dict[str, Any], requested: Any) -> bool:
+    """Decide, for weights of timm alone, between a square without and a rectangle with a row for the class token."""
+    side = math.isqrt(rows)
+    if side * side != rows:
+        return True
+    if requested is not None and patches_of(fields, requested) in (rows, rows - 1):
+        return patches_of(fields, requested) == rows - 1
+    rectangle = near_square(rows - 1) if rows > 1 else None
+    if rectangle is not None:
+        raise CheckpointError(two_readings(f"{table} of {rows} rows", fields, rectangle, (side, side)))
+    return False
 
 
 def _check_told(told: dict[str, Any], stored: dict[str, Any], sizes: dict[str, Any], bare: Shapes) -> None:
@@ -247,7 +322,7 @@ def _sizes(layout: str, prefix: str, names: Shapes, bare: Shapes) -> dict[str, A
         "use_cls_token": any(name in bare for name in _TOKENS),
     }
     sizes["pooling"] = "token" if sizes["use_cls_token"] else "gap"
-    if "attn_pool.latent" in names:
+    if {"attn_pool.latent", "pooler.probe"} & set(bare):
         sizes["pooling"] = "map"
     root = next((name for name in names if re.fullmatch(r"patch_embed\.backbone\.(stem\.)?conv\.weight", name)), None)
     if root is not None:
@@ -286,7 +361,30 @@ def _stock_fields(stored: dict[str, Any], bare: Shapes, overrides: dict[str, Any
     return fields
 
 
-def _timm_fields(stored: dict[str, Any], has_class_token: bool) -> dict[str, Any]:
+def _timm_pooling(stored: dict[str, Any], default: str, sizes: dict[str, Any], overrides: dict[str, Any]) -> str:
+    """Return timm's word for the pooling; refuse what leaves two readings."""
+    told, has_class_token = stored.get("model_args") or {}, sizes["use_cls_token"]
+    pool, stated = told.get("global_pool", default), stored.get("global_pool")
+    if overrides.get("pooling") is not None:
+        return next(name for name, ours in TIMM_POOLINGS.items() if ours in (overrides["pooling"], "token"))
+    if pool not in TIMM_POOLINGS or (pool == "token" and not has_class_token):
+        raise CheckpointError(f"global_pool is {pool!r}; expected one of {', '.join(map(repr, TIMM_POOLINGS))}")
+    if has_class_token and stated is not None and stated != pool:
+        raise CheckpointError(
+            f"config.json says global_pool={stated!r}, but the model that it names pools by {pool!r}: "
+            "pass pooling='gap' or pooling='token'"
+        )
+    if has_class_token and pool == "avg" and told.get("fc_norm") is not False:
+        raise CheckpointError(
+            "global_pool is 'avg' beside a class token, which in timm means a norm after the pooling, but the weights "
+            "have one before it: pass pooling='gap' or pooling='token'"
+        )
+    if has_class_token and pool in ("avg", "map") and bool(told.get("pool_include_prefix")) != (pool == "map"):
+        raise CheckpointError(f"global_pool={pool!r} treats the class token differently from the original")
+    return pool
+
+
+def _timm_fields(stored: dict[str, Any], sizes: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """What a `config.json` of timm says: its architecture's name, and the arguments that change it."""
     architecture = str(stored.get("architecture")).split(".")[0]
     match = _TIMM_ARCHITECTURES.fullmatch(architecture)
@@ -300,17 +398,20 @@ def _timm_fields(stored: dict[str, Any], has_class_token: bool) -> dict[str, Any
         if name not in _TIMM_TOLD and value not in _TIMM_FIXED.get(name, ()):
             raise CheckpointError(f"model_args has {name}={value!r}, which no original Vision Transformer has")
     is_siglip, is_gap = "_siglip" in architecture, "_gap" in architecture
-    pool = told.get("global_pool", "avg" if is_gap else "map" if is_siglip else "token")
-    if pool not in TIMM_POOLINGS or (pool == "token" and not has_class_token):
-        raise CheckpointError(f"global_pool is {pool!r}; expected one of {', '.join(map(repr, TIMM_POOLINGS))}")
-    if has_class_token and pool in ("avg", "map") and bool(told.get("pool_include_prefix")) != (pool == "map"):
-        raise CheckpointError(f"pools by {pool!r} otherwise than the original does where there is a class token")
+    pool = _timm_pooling(stored, "avg" if is_gap else "map" if is_siglip else "token", sizes, overrides)
     activation = told.get("act_layer") or ("gelu_tanh" if _TIMM_TANH.fullmatch(architecture) else "gelu")
     if activation not in TIMM_ACTIVATIONS:
         raise CheckpointError(f"act_layer is {activation!r}; expected one of {', '.join(TIMM_ACTIVATIONS)}")
-    heads = 16 if is_gap and not is_siglip else _TIMM_HEADS.get(match["size"], 16)
+    size = match["size"] or match["flexible"]
+    heads = told.get("num_heads") or (16 if is_gap and not is_siglip else _TIMM_HEADS.get(size, 16))
+    width, expected = sizes["hidden_size"], _TIMM_WIDTHS.get(size)
+    if not told.get("num_heads") and expected not in (None, width) and overrides.get("num_attention_heads") is None:
+        raise CheckpointError(
+            f"config.json says {architecture}, which is {expected} wide, but the weights are {width} wide, so that "
+            f"its {heads} heads need not be theirs: pass num_attention_heads="
+        )
     return {
-        "num_attention_heads": told.get("num_heads", heads),
+        "num_attention_heads": heads,
         "pooling": TIMM_POOLINGS[pool],
         "hidden_act": TIMM_ACTIVATIONS[activation],
     }
@@ -335,6 +436,6 @@ def _dtype(tensors: TensorFiles, stored: dict[str, Any] | None) -> torch.dtype:
     dtype = getattr(torch, told, None) if isinstance(told, str) else None
     if not isinstance(dtype, torch.dtype):
         dtype = next(iter(tensors.dtypes.values()))
-    elif dtype not in _COMPUTED:
+    elif dtype not in FLOATS.values():
         raise CheckpointError(f"config.json says dtype={told!r}; expected float16, bfloat16, float32 or float64")
-    return dtype if dtype in _COMPUTED else torch.float32
+    return dtype if dtype in FLOATS.values() else torch.float32

@@ -159,7 +159,7 @@ class JaxLayout:
             yield _same("embeddings.cls_token", "cls", (1, 1, width))
         if config.resnet_layers is not None:
             yield from self._stem(config)
-        patch = _pair(config.patch_size)
+        patch = config.patch_height_width
         shape = (width, _stem_channels(config), *patch)
         yield _conv("embeddings.patch_embeddings.weight", "embedding/kernel", shape)
         yield _same("embeddings.patch_embeddings.bias", "embedding/bias", (width,))
@@ -322,7 +322,7 @@ def own_shapes(
     if has_mask_token:
         shapes["embeddings.mask_token"] = (1, 1, config.hidden_size)
     if has_decoder:
-        pixels = math.prod(_pair(config.patch_size)) * config.stem_stride**2 * config.num_channels
+        pixels = math.prod(config.patch_height_width) * config.stem_stride**2 * config.num_channels
         shapes["decoder.0.weight"], shapes["decoder.0.bias"] = (pixels, config.hidden_size, 1, 1), (pixels,)
     return shapes
 
@@ -408,7 +408,3 @@ def _stem_channels(config: Any) -> int:
         return config.num_channels
     width = int(64 * config.resnet_width_factor)
     return width if not config.resnet_layers else 4 * width * 2 ** (len(config.resnet_layers) - 1)
-
-
-def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,21 +1,16 @@
 """What `save_pretrained` of every model does: its folder is replaced by a complete new one, or left as it was."""
 
 import os
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from hf_vit.files.atomic import atomic_folder, is_being_written, why_irreplaceable
+from hf_vit.files.atomic import atomic_folder
 
-
-logger = logging.get_logger(__name__)
 
 _OF_WRITING = ("state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format")
-_ASIDE = ".being_saved"
 
 
 def save_whole(
@@ -23,6 +18,7 @@ def save_whole(
     write: Callable[..., None],
     folder: str | os.PathLike[str],
     *,
+    is_main_process: bool = True,
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
@@ -39,14 +35,16 @@ def save_whole(
     Raises:
         OSError: if the disk is full; says how much is free and needed. Nothing has changed then.
     """
+    if options.get("distributed_checkpoint") or not model.should_save_on_this_rank(is_main_process):
+        write(folder, is_main_process=is_main_process, push_to_hub=push_to_hub, **options)
+        return
     pushing = {name: options.pop(name) for name in list(options) if name not in _OF_WRITING}
     state = options.get("state_dict") or model.state_dict()
     needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    target = Path(folder).resolve()
-    with _folder_to_fill(target, _owned(options.get("variant")), needed) as staging:
+    with atomic_folder(Path(folder), needed=needed, owned=_owned(options.get("variant"))) as staging:
         write(staging, **options)
     if push_to_hub:
-        model.push_to_hub(pushing.pop("repo_id", target.name), **pushing)
+        model.push_to_hub(pushing.pop("repo_id", Path(folder).resolve().name), **pushing)
 
 
 def _owned(variant: str | None) -> Sequence[str]:
@@ -54,30 +52,3 @@ def _owned(variant: str | None) -> Sequence[str]:
     end = f".{variant}" if variant else ""
     shards = f"model{end}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
     return (f"model{end}.safetensors", shards, f"model.safetensors.index{end}.json")
-
-
-@contextmanager
-def _folder_to_fill(target: Path, owned: Sequence[str], needed: int) -> Generator[Path]:
-    if is_being_written(target):  # it is a part of something that will appear whole
-        yield target
-        return
-    reason = why_irreplaceable(target)
-    if reason is None:
-        with atomic_folder(target, needed=needed, owned=owned) as staging:
-            yield staging
-        return
-    logger.warning(f"{target} {reason}: its files are replaced one by one; a kill just then can leave a mixture")
-    with atomic_folder(target / _ASIDE, needed=needed) as staging:
-        yield staging
-    _move_files(target / _ASIDE, target, owned)
-
-
-def _move_files(source: Path, target: Path, owned: Sequence[str]) -> None:
-    """Move what `source` holds into `target`: the weights first, then what describes them."""
-    stale = {path for pattern in owned for path in target.glob(pattern)}
-    for path in sorted(source.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-        os.replace(path, target / path.name)
-        stale.discard(target / path.name)
-    for path in stale:
-        path.unlink()
-    source.rmdir()
