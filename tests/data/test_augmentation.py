@@ -141,11 +141,12 @@ def test_an_epoch_resumed_in_its_middle_gives_the_rest_bit_for_bit():
     assert_equal_batches(list(skip_first_batches(loader, 2)), whole[5:])
 
 
-def test_a_stream_augments_a_picture_the_same_whoever_reads_it_and_anew_each_epoch(tmp_path):
+def test_a_stream_augments_an_image_the_same_whoever_reads_it_and_anew_each_epoch(tmp_path):
     for split in ("train", "test"):
-        (tmp_path / split / "cat").mkdir(parents=True)
         for number, picture in enumerate(Pictures().pictures):
-            picture.save(tmp_path / split / "cat" / f"{number}.png")
+            folder = tmp_path / split / ("cat" if number % 2 else "dog")
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{number}.png")
     stream = load_splits(str(tmp_path), streaming=True)["train"]
     processor = HfViTImageProcessor(size=SIZE)
     once, endless = (AugmentedStream(stream, processor, augment=EVERYTHING, repeat=repeat) for repeat in (False, True))
@@ -167,11 +168,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from hf_vit import HfViTImageProcessor
 from hf_vit.data.images import ImageError
-from hf_vit.training import datasets
+from hf_vit.data import decoding
 from hf_vit.data.augmentation import Augment, AugmentedImages, EpochSampler, collate_images
 from hf_vit.data.datasets import load_splits
 
-datasets.SCAN_CHUNK = 11  # of 12 pictures: each rank meets one of the bad ones
+decoding.SCAN_CHUNK = 11  # of 12 images: each rank meets one of the bad ones
 accelerator = Accelerator(cpu=True)
 good, bad = sys.argv[1:]
 try:
@@ -196,11 +197,15 @@ accelerator.end_training()
 
 
 @pytest.mark.slow
-def test_two_ranks_share_an_epoch_and_the_search_for_bad_pictures(tmp_path):
+def test_two_ranks_share_an_epoch_and_the_search_for_bad_images(tmp_path):
     for folder in ("good", "bad"):
-        (tmp_path / folder / "cat").mkdir(parents=True)
         for number, picture in enumerate(Pictures(length=10).pictures):
-            picture.save(tmp_path / folder / "cat" / f"{number:02d}.png")
+            name = "cat" if number < 5 or folder == "bad" else "dog"
+            (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / folder / name / f"{number:02d}.png")
+    (tmp_path / "bad" / "dog").mkdir()
+    for number in range(2):
+        Pictures(length=10).pictures[number].save(tmp_path / "bad" / "dog" / f"dog{number}.png")
     bad = ["09.png", "zz.png"]  # in the first chunk, and in the second
     (tmp_path / "bad" / "cat" / "10.png").write_bytes((tmp_path / "bad" / "cat" / "00.png").read_bytes())
     for name in bad:
@@ -245,7 +250,7 @@ def test_without_augmentation_the_pixels_are_the_processors(protocol):
         {"num_channels": 1},
     ],
 )
-def test_the_whole_picture_unflipped_is_what_the_processor_gives(fields):
+def test_the_whole_image_unflipped_is_what_the_processor_gives(fields):
     augmented, plain = images(WHOLE, **fields)[2]["pixel_values"], images(None, **fields)[2]["pixel_values"]
     torch.testing.assert_close(augmented, plain, rtol=0, atol=2e-6 * float(plain.abs().max()))
 
@@ -264,7 +269,7 @@ def test_crops_keep_to_the_references_area_and_aspect_ratio():
     assert 1.25 < ratio.max() < 1.45
 
 
-def test_half_of_the_pictures_are_mirrored_and_none_when_told():
+def test_half_of_the_images_are_mirrored_and_none_when_told():
     pictures = [coordinates()] * 200
     upright = images(WHOLE, pictures=pictures)[0]["pixel_values"]
     flipped = images(Augment(crop_area=None, flip=0.5), pictures=pictures)
@@ -283,7 +288,7 @@ def test_erasing_puts_the_mean_colour_into_one_box():
         assert erased.sum() == rows * columns > 0
 
 
-def test_randaugment_changes_pictures_and_stays_in_range():
+def test_randaugment_changes_images_and_stays_in_range():
     dataset, plain = images(Augment(crop_area=None, flip=0.0, randaugment_ops=2)), images(WHOLE)
     changed = [not torch.equal(dataset[index]["pixel_values"], plain[index]["pixel_values"]) for index in range(12)]
     assert sum(changed) >= 9
@@ -318,7 +323,7 @@ def test_a_plain_batch_has_pixels_labels_and_indices():
 
 
 @pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0)])
-def test_soft_labels_are_the_shares_of_the_pictures_in_the_mixture(alphas):
+def test_soft_labels_are_the_shares_of_the_images_in_the_mixture(alphas):
     batch = MixingCollator(4, *alphas)(constant_samples())
     labels, pixels = batch["labels"], batch["pixel_values"]
     torch.testing.assert_close(labels.sum(1), torch.ones(4))

@@ -1,4 +1,4 @@
-"""Labelled pictures from folders, parquet files and streams, and the bad ones among them."""
+"""Labelled images from folders, parquet files and streams, and the bad ones among them."""
 
 import io
 import logging
@@ -12,6 +12,8 @@ import pytest
 from odd_images import READ_RIGHT, REFUSED, write_odd_files
 from sklearn.datasets import load_digits
 
+from hf_vit import HfViTImageProcessor
+from hf_vit.data import AugmentedImages, BalancedSampler, class_weights
 from hf_vit.data.datasets import (
     decode_images,
     default_num_workers,
@@ -99,7 +101,7 @@ def test_a_small_class_is_on_both_sides_of_the_split_and_a_single_sample_in_trai
 @pytest.mark.parametrize("test_size", [0, 1, 1.5])
 def test_a_held_out_part_must_be_a_fraction(test_size, tmp_path):
     with pytest.raises(ValueError, match="expected a fraction between 0 and 1"):
-        load_splits(str(write_folders(tmp_path, {"cat": 5})), test_size=test_size)
+        load_splits(str(write_folders(tmp_path, {"cat": 5, "dog": 5})), test_size=test_size)
 
 
 # --- class folders ---
@@ -112,24 +114,85 @@ def test_folders_without_splits_are_split(tmp_path):
     assert splits["train"].features["label"].names == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("held_out", ["test", "val", "validation"])
-def test_a_held_out_folder_is_the_test_part_with_the_same_classes(tmp_path, held_out):
-    counts = {"train/ant": 2, "train/bee": 2, "train/cat": 2, f"{held_out}/cat": 3}
+@pytest.mark.parametrize(
+    ("train", "held_out", "part"),
+    [
+        ("train", "test", "test"),
+        ("Train", "Test", "test"),
+        ("train", "Test", "test"),
+        ("Training", "Testing", "test"),
+        ("training_set", "test_set", "test"),
+        ("seg_train", "seg_test", "test"),
+        ("train", "val", "validation"),
+        ("train", "valid", "validation"),
+        ("TRAIN", "validation", "validation"),
+    ],
+)
+def test_a_held_out_folder_is_a_part_with_the_same_classes(tmp_path, train, held_out, part):
+    counts = {f"{train}/ant": 2, f"{train}/bee": 2, f"{train}/cat": 2, f"{held_out}/cat": 3}
     splits = load_splits(str(write_folders(tmp_path, counts)))
-    assert labels_of(splits["test"]) == [2, 2, 2]
-    assert splits["train"].features["label"].names == splits["test"].features["label"].names == ["ant", "bee", "cat"]
+    assert set(splits) == {"train", part}
+    assert splits.held_out == part
+    assert labels_of(splits[part]) == [2, 2, 2]
+    assert splits["train"].features["label"].names == splits[part].features["label"].names == ["ant", "bee", "cat"]
 
 
-def test_test_wins_over_val_and_the_unused_part_is_named(tmp_path, caplog):
-    root = write_folders(tmp_path, {"train/cat": 2, "val/cat": 3, "test/cat": 4})
-    with caplog.at_level(logging.WARNING):
-        splits = load_splits(str(root))
-    assert len(splits["test"]) == 4
-    assert "evaluating on test; not used: val" in caplog.text
+def test_validation_and_test_are_both_kept(tmp_path):
+    counts = {"train/cat": 2, "train/dog": 2, "val/cat": 3, "val/dog": 1, "test/cat": 4, "test/dog": 1}
+    splits = load_splits(str(write_folders(tmp_path, counts)))
+    assert {name: len(part) for name, part in splits.items()} == {"train": 4, "validation": 4, "test": 5}
+    assert splits.held_out == "test"
 
 
-def test_files_that_are_no_pictures_by_name_are_counted_and_left_out(tmp_path, caplog):
-    root = write_folders(tmp_path, {"cat": 5})
+@pytest.mark.parametrize(
+    "folder", [".ipynb_checkpoints", "__pycache__", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"]
+)
+def test_system_folders_are_ignored_wherever_they_are(tmp_path, folder):
+    counts = {"cat": 5, "dog": 5, f"{folder}": 2, f"cat/{folder}": 3}
+    splits = load_splits(str(write_folders(tmp_path, counts)))
+    assert splits.class_names == ["cat", "dog"]
+    assert sum(map(len, splits.values())) == 10
+
+
+def test_an_extra_level_of_folders_is_the_dataset(tmp_path):
+    splits = load_splits(str(write_folders(tmp_path, {"data/train/cat": 4, "data/train/dog": 4, "data/test/dog": 2})))
+    assert splits.class_names == ["cat", "dog"]
+    assert {name: len(part) for name, part in splits.items()} == {"train": 8, "test": 2}
+
+
+@pytest.mark.parametrize("counts", [{"cat": 5}, {"train/cat": 5, "test/cat": 5}, {"train/cat": 5, "test/dog": 5}])
+def test_fewer_than_two_trained_classes_are_refused(tmp_path, counts):
+    with pytest.raises(ValueError, match=r"1 class|expected at least two|no training images"):
+        load_splits(str(write_folders(tmp_path, counts)))
+
+
+def test_one_part_is_opened_without_a_look_at_the_images_of_the_others(tmp_path):
+    root = write_folders(tmp_path, {"train/cat": 2, "train/dog": 2, "val/cat": 3, "val/dog": 1})
+    (root / "train" / "cat" / "bad.png").write_bytes(b"")
+    assert {name: len(part) for name, part in load_splits(str(root), split="held_out").items()} == {"validation": 4}
+    with pytest.raises(ImageError, match=r"bad\.png"):
+        load_splits(str(root), split="train")
+    with pytest.raises(ValueError, match="no labelled part test; expected one of train, validation"):
+        load_splits(str(root), split="test")
+
+
+def test_a_class_without_training_images_does_not_stop_an_evaluation(tmp_path):
+    root = str(write_folders(tmp_path, {"train/cat": 2, "train/dog": 2, "test/cat": 3, "test/owl": 1}))
+    with pytest.raises(ValueError, match="no training images of 1 of 3 classes"):
+        load_splits(root)
+    assert labels_of(load_splits(root, split="test")["test"]) == [0, 0, 0, 2]
+
+
+def test_all_images_are_one_part_and_the_held_out_fifth_is_the_same_alone(tmp_path):
+    root = str(write_folders(tmp_path, {"cat": 10, "dog": 5}))
+    assert len(load_splits(root, split="all")["all"]) == 15
+    both, alone = load_splits(root, seed=3), load_splits(root, seed=3, split="held_out")
+    assert list(alone) == ["test"]
+    assert [row["image"].tobytes() for row in alone["test"]] == [row["image"].tobytes() for row in both["test"]]
+
+
+def test_files_that_are_not_images_by_name_are_counted_and_left_out(tmp_path, caplog):
+    root = write_folders(tmp_path, {"cat": 3, "dog": 2})
     (root / "cat" / "notes.txt").write_text("x")
     (root / "cat" / ".DS_Store").write_text("x")
     (root / ".cache").mkdir()
@@ -140,57 +203,54 @@ def test_files_that_are_no_pictures_by_name_are_counted_and_left_out(tmp_path, c
 
 
 def test_a_folder_that_only_evaluates_must_be_asked_for(tmp_path):
-    root = write_folders(tmp_path, {"val/cat": 2})
-    with pytest.raises(ValueError, match="has the splits val; expected one named train"):
+    root = write_folders(tmp_path, {"val/cat": 2, "val/dog": 1})
+    with pytest.raises(ValueError, match="has the splits validation; expected one named train"):
         load_splits(str(root))
-    assert list(load_splits(str(root), require_train=False)) == ["test"]
+    assert list(load_splits(str(root), require_train=False)) == ["validation"]
 
 
 def test_a_folder_without_classes_and_a_missing_dataset_say_what_is_expected(tmp_path):
-    with pytest.raises(ValueError, match=r"has no class folders; expected .*/CLASS/PICTURE"):
+    with pytest.raises(ValueError, match=r"has no class folders with images; expected .*/CLASS/IMAGE"):
         load_splits(str(tmp_path))
     with pytest.raises(ValueError, match="neither `digits` nor a file or folder here"):
         load_splits(str(tmp_path / "nowhere"))
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"expected a \.parquet file"):
-        load_splits(str(tmp_path / "a.csv"))
 
 
-# --- bad pictures ---
+# --- bad images ---
 
 
-def test_every_bad_picture_is_named_in_one_error(tmp_path):
+def test_every_bad_image_is_named_in_one_error(tmp_path):
     names = spoil(write_folders(tmp_path, {"cat": 5, "dog": 5}))
-    with pytest.raises(ImageError, match="3 of 13 pictures cannot be read") as caught:
+    with pytest.raises(ImageError, match="3 of 13 images cannot be read") as caught:
         load_splits(str(tmp_path))
     assert all(name in str(caught.value) for name in names)
     assert "0.png" not in str(caught.value)
 
 
 @pytest.mark.reliability(row="I03")
-def test_bad_pictures_are_named_and_skipped_when_asked(tmp_path, caplog):
+def test_bad_images_are_named_and_skipped_when_asked(tmp_path, caplog):
     names = spoil(write_folders(tmp_path, {"cat": 5, "dog": 5}))
     with caplog.at_level(logging.WARNING):
         splits = load_splits(str(tmp_path), bad_images="skip")
     assert sum(len([row["image"] for row in part]) for part in splits.values()) == 10
-    assert "3 of 13 pictures cannot be read and are skipped" in caplog.text
+    assert "3 of 13 images cannot be read and are skipped" in caplog.text
     assert all(name in caplog.text for name in names)
 
 
-def test_a_part_without_a_good_picture_is_an_error_even_when_skipping(tmp_path):
-    write_folders(tmp_path, {"cat": 0, "train/cat": 2})
+def test_a_part_without_a_good_image_is_an_error_even_when_skipping(tmp_path):
+    write_folders(tmp_path, {"train/cat": 2, "train/dog": 2})
     (tmp_path / "test" / "cat").mkdir(parents=True)
     (tmp_path / "test" / "cat" / "bad.png").write_bytes(b"")
-    with pytest.raises(ImageError, match="none of the 1 pictures of test can be read"):
+    with pytest.raises(ImageError, match="none of the 1 images of test can be read"):
         load_splits(str(tmp_path), bad_images="skip")
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match='expected "fail" or "skip"'):
+    with pytest.raises(ValueError, match='expected one of "fail", "skip"'):
         load_splits("digits", bad_images="ignore")
 
 
-def test_pictures_are_upright_rgb_and_sixteen_bits_are_scaled(tmp_path):
+def test_images_are_upright_rgb_and_sixteen_bits_are_scaled(tmp_path):
     write_folders(tmp_path, {"cat": 1, "dog": 1})
     rotated = PIL.Image.new("RGB", (12, 8), "red")
     exif = rotated.getexif()
@@ -210,12 +270,13 @@ def test_pictures_are_upright_rgb_and_sixteen_bits_are_scaled(tmp_path):
 @pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
 def test_of_the_odd_files_the_refused_are_all_named_and_the_others_are_pixel_correct(tmp_path, caplog):
     write_odd_files(tmp_path, READ_RIGHT | REFUSED)
-    with pytest.raises(ImageError, match="9 of 31 pictures cannot be read") as caught:
+    with pytest.raises(ImageError, match="9 of 30 images cannot be read") as caught:
         load_splits(str(tmp_path))
-    assert {name for name in READ_RIGHT | REFUSED if f"/{name}: " in str(caught.value)} == set(REFUSED)
+    named = {name for name in READ_RIGHT | REFUSED if f"/{name}: " in str(caught.value)}
+    assert named == set(REFUSED) - {"drawing.eps"}  # not an image by its name
     with caplog.at_level(logging.WARNING):
         splits = load_splits(str(tmp_path), bad_images="skip")
-    assert "9 of 31 pictures cannot be read and are skipped" in caplog.text
+    assert "9 of 30 images cannot be read and are skipped" in caplog.text
     found = {}
     for part in splits.values():
         paths = [Path(cell["path"]).name for cell in part.with_format("arrow")[:].column("image").to_pylist()]
@@ -228,7 +289,7 @@ def test_of_the_odd_files_the_refused_are_all_named_and_the_others_are_pixel_cor
 # --- columns and labels ---
 
 
-def test_embedded_pictures_with_unusual_columns_are_found(tmp_path):
+def test_embedded_images_with_unusual_columns_are_found(tmp_path):
     file = write_parquet(
         tmp_path / "data.parquet",
         [{"bytes": png(color), "path": f"{color}.png"} for color in range(10)],
@@ -241,16 +302,21 @@ def test_embedded_pictures_with_unusual_columns_are_found(tmp_path):
     assert all(row["image"].getpixel((0, 0))[0] % 2 == row["label"] for part in splits.values() for row in part)
 
 
-def test_a_bad_embedded_picture_is_named_by_its_row_and_file(tmp_path):
+def test_a_bad_embedded_image_is_named_by_its_row_and_file(tmp_path):
     pictures = [{"bytes": png(1), "path": None}, {"bytes": b"no", "path": "b.png"}, {"bytes": b"", "path": None}]
-    file = write_parquet(tmp_path / "data.parquet", pictures, [0, 0, 0], datasets.ClassLabel(names=["a"]))
-    with pytest.raises(ImageError, match=r"2 of 3 pictures cannot be read[^$]*row 1 \(b\.png\): [^$]*row 2"):
+    pictures.append({"bytes": png(2), "path": None})
+    file = write_parquet(tmp_path / "data.parquet", pictures, [0, 0, 0, 1], datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(ImageError, match=r"2 of 4 images cannot be read[^$]*row 1 \(b\.png\): "):
         load_splits(str(file), cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [(["pear", "fig", "pear", "fig"], ["fig", "pear"]), ([2, 0, 2, 0], ["0", "1", "2"])],
+    [
+        (["pear", "fig", "pear", "fig"], ["fig", "pear"]),
+        ([2, 0, 2, 0], ["0", "2"]),
+        ([7, 200007, 7, 200007], ["7", "200007"]),
+    ],
 )
 def test_text_and_integers_become_classes(tmp_path, labels, names):
     pictures = [{"bytes": png(color), "path": None} for color in range(4)]
@@ -263,14 +329,13 @@ def test_text_and_integers_become_classes(tmp_path, labels, names):
             assert names[row["label"]] == str(labels[row["image"].getpixel((0, 0))[0]])
 
 
-def test_missing_labels_are_counted_and_fractions_are_no_classes(tmp_path):
+def test_missing_labels_are_counted_and_one_column_of_floats_is_a_regression(tmp_path):
     pictures = [{"bytes": png(color), "path": None} for color in range(3)]
     file = write_parquet(tmp_path / "a.parquet", pictures, ["x", None, None], datasets.Value("string"))
     with pytest.raises(ValueError, match=r"train: 2 of 3 labels are missing \(rows 1, 2"):
         load_splits(str(file), cache_dir=str(tmp_path / "cache"))
     file = write_parquet(tmp_path / "b.parquet", pictures, [0.5, 1.0, 2.0], datasets.Value("float32"))
-    with pytest.raises(ValueError, match="labels are float32, expected classes, text or integers"):
-        load_splits(str(file), cache_dir=str(tmp_path / "cache"))
+    assert load_splits(str(file), cache_dir=str(tmp_path / "cache")).problem_type == "regression"
 
 
 def test_a_test_part_with_secret_answers_gives_way_to_validation(tmp_path):
@@ -279,7 +344,7 @@ def test_a_test_part_with_secret_answers_gives_way_to_validation(tmp_path):
     for split, labels in {"train": [0, 1, 0, 1], "validation": [1, 1, 0, 0], "test": [-1] * 4}.items():
         write_parquet(tmp_path / f"{split}.parquet", pictures, labels, classes)
     splits = load_splits(str(tmp_path), cache_dir=str(tmp_path / "cache"))
-    assert labels_of(splits["test"]) == [1, 1, 0, 0]
+    assert labels_of(splits[splits.held_out]) == [1, 1, 0, 0]
 
 
 def test_a_column_is_found_by_type_then_by_name_or_asked_for():
@@ -299,7 +364,7 @@ def test_a_column_is_found_by_type_then_by_name_or_asked_for():
 # --- streams ---
 
 
-def test_a_stream_gives_the_same_pictures_as_the_table(tmp_path):
+def test_a_stream_gives_the_same_images_as_the_table(tmp_path):
     root = str(write_folders(tmp_path, {"cat": 10, "dog": 15}))
     splits, streams = load_splits(root), load_splits(root, streaming=True)
     for name, part in splits.items():
@@ -316,7 +381,7 @@ def test_ranks_divide_a_stream_and_lose_nothing(tmp_path):
     assert [len(part) for part in parts] == [6, 5, 5]
 
 
-def test_a_stream_names_a_bad_picture_where_it_meets_it_or_skips_it(tmp_path, caplog):
+def test_a_stream_names_a_bad_image_where_it_meets_it_or_skips_it(tmp_path, caplog):
     names = spoil(write_folders(tmp_path, {"cat": 5, "dog": 5}))
     with pytest.raises(ImageError, match="|".join(names)):
         [list(part) for part in load_splits(str(tmp_path), streaming=True).values()]
@@ -326,7 +391,7 @@ def test_a_stream_names_a_bad_picture_where_it_meets_it_or_skips_it(tmp_path, ca
     assert all(name in caplog.text for name in names)
 
 
-def test_a_stream_reads_pictures_inside_a_remote_archive(tmp_path):
+def test_a_stream_reads_images_inside_a_remote_archive(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("one.png", png(7))
@@ -344,3 +409,78 @@ def test_workers_are_this_processs_share_of_the_cores(monkeypatch):
     assert default_num_workers() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert default_num_workers() == 1
+
+
+# --- lists, multi-label and regression ---
+
+
+def write_list(root: Path, name: str, header: str, rows: list[str]) -> str:
+    (root / "images").mkdir(exist_ok=True)
+    for color in range(8):
+        (root / "images" / f"{color}.png").write_bytes(png(color))
+    (root / name).write_text("\n".join([header, *rows]) + "\n")
+    return str(root / name)
+
+
+def test_a_list_of_files_is_read_with_relative_and_absolute_paths(tmp_path):
+    rows = [f"images/{color}.png,{'even' if color % 2 == 0 else 'odd'}" for color in range(7)]
+    rows.append(f"{tmp_path}/images/7.png,odd")
+    splits = load_splits(write_list(tmp_path, "labels.csv", "file_name,label", rows), test_size=0.25)
+    assert splits.class_names == ["even", "odd"]
+    assert splits.problem_type == "single_label_classification"
+    for part in splits.values():
+        assert all(row["image"].getpixel((0, 0))[0] % 2 == row["label"] for row in part)
+
+
+def test_a_table_whose_integers_are_names_in_several_folders_is_not_a_list_of_images(tmp_path):
+    root = write_folders(tmp_path, {"cat": 4, "dog": 4})
+    (root / "metadata.csv").write_text("id,age\n1,2\n")
+    assert sum(map(len, load_splits(str(root)).values())) == 8
+
+
+def test_cells_of_several_classes_make_a_multi_label_problem(tmp_path):
+    tags = ["a;b", "a", "b;c", "c", "a;c", "b", "a;b;c", "c"]
+    rows = [f"images/{color}.png,{tag}" for color, tag in enumerate(tags)]
+    splits = load_splits(write_list(tmp_path, "labels.csv", "file_name,label", rows), test_size=0.25)
+    assert splits.problem_type == "multi_label_classification"
+    assert splits.class_names == ["a", "b", "c"]
+    for part in splits.values():
+        for row in part:
+            expected = [float(name in tags[row["image"].getpixel((0, 0))[0]].split(";")) for name in "abc"]
+            assert np.asarray(row["label"], dtype=float).tolist() == expected
+
+
+def test_several_columns_of_flags_are_a_multi_label_problem(tmp_path):
+    rows = [f"images/{color}.png,{color % 2},{int(color > 3)}" for color in range(8)]
+    source = write_list(tmp_path, "labels.csv", "file_name,odd,large", rows)
+    splits = load_splits(source, label_columns=["odd", "large"], test_size=0.25)
+    assert splits.problem_type == "multi_label_classification"
+    assert splits.class_names == ["odd", "large"]
+
+
+def test_one_column_of_floats_is_a_regression(tmp_path):
+    rows = [f"images/{color}.png,{color / 2 + 0.25}" for color in range(8)]
+    splits = load_splits(write_list(tmp_path, "labels.csv", "file_name,label", rows), test_size=0.25)
+    assert splits.problem_type == "regression"
+    for part in splits.values():
+        for row in part:
+            assert float(row["label"]) == pytest.approx(row["image"].getpixel((0, 0))[0] / 2 + 0.25)
+
+
+def test_class_weights_are_inverse_frequencies_with_mean_one():
+    weights = class_weights([0, 0, 0, 1], "single_label_classification")
+    assert np.asarray(weights).tolist() == pytest.approx([0.5, 1.5])
+
+
+def test_balanced_sampling_gives_every_class_its_share_and_depends_on_seed_and_epoch_alone(tmp_path):
+    splits = load_splits(str(write_folders(tmp_path, {"cat": 30, "dog": 6})))
+    images = AugmentedImages(splits["train"], HfViTImageProcessor(size={"height": 8, "width": 8}))
+    labels = np.array(labels_of(splits["train"]))
+    orders = []
+    for epoch in (0, 0, 1):
+        images.set_epoch(epoch)
+        orders.append(list(BalancedSampler(images, seed=3)))
+    assert orders[0] == orders[1] != orders[2]
+    counts = np.bincount(labels[orders[0]])
+    assert abs(int(counts[0]) - int(counts[1])) <= 1
+    assert counts.sum() == len(labels)

@@ -1,6 +1,6 @@
 """Augmentation as a function of (seed, epoch, index): the same whatever the workers, the ranks and the restarts.
 
-Letters: B samples, C channels, H x W pixels of the picture, h x w pixels that the model sees, K classes.
+Letters: B samples, C channels, H x W pixels of the image, h x w pixels that the model sees, K classes.
 """
 
 import itertools
@@ -18,17 +18,19 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
+from hf_vit.data.decoding import column_cells
+
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training picture, as data; the defaults are the reference's fine-tuning.
+    """What happens to a training image, as data; the defaults are the reference's fine-tuning.
 
     Args:
-        crop_area, crop_ratio: smallest and largest share of the picture, and width over height, of a random crop that
-            is resized to the model's size; `crop_area=None` resizes the whole picture. torchvision draws the area
+        crop_area, crop_ratio: smallest and largest share of the image, and width over height, of a random crop that
+            is resized to the model's size; `crop_area=None` resizes the whole image. torchvision draws the area
             evenly and the logarithm of the ratio; TensorFlow's distorted box draws the ratio, then the height, evenly.
         flip: probability of a horizontal flip; 0 for digits and text.
         randaugment_ops, randaugment_magnitude: RandAugment's number of operations (0 = none) and strength of 0...30,
@@ -54,7 +56,7 @@ class Augment:
         if self.flip:
             steps.append(v2.RandomHorizontalFlip(self.flip))
         if self.randaugment_ops:
-            # grey where a picture is moved away, as in the papers' implementation
+            # grey where an image is moved away, as in the papers' implementation
             steps.append(v2.RandAugment(self.randaugment_ops, self.randaugment_magnitude, fill=[0.5]))
         steps.append(_normalization(processor))
         if self.erasing:
@@ -94,7 +96,7 @@ class AugmentedImages(Dataset):
 
 
 class AugmentedStream(IterableDataset):
-    """A stream of `load_splits` as `AugmentedImages` gives rows; a sample's `index` is a hash of its picture.
+    """A stream of `load_splits` as `AugmentedImages` gives rows; a sample's `index` is a hash of its image.
 
     Args:
         stream: already the rank's own part, see `shard_by_rank`; workers divide its shards among themselves.
@@ -146,11 +148,44 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(len(self.dataset), generator=generator).tolist())
 
 
+class BalancedSampler(EpochSampler):
+    """Indices of an epoch in which every class comes equally often; drawn from (seed, epoch) alone.
+
+    An epoch is as long as the dataset. Each class gets its share of it, up to one image, and goes through all its
+    images before one of them is repeated.
+
+    Args:
+        labels: (N,) class indices; those of the dataset if None.
+    Raises:
+        ValueError: if labels are not single classes.
+    """
+
+    def __init__(self, dataset: AugmentedImages, labels: Sequence[int] | None = None, *, seed: int = 0):
+        super().__init__(dataset, seed=seed)
+        found = np.asarray(column_cells(dataset.dataset, "label") if labels is None else labels, dtype=object)
+        if not all(isinstance(label, (int, np.integer)) for label in found.tolist()):
+            raise ValueError(
+                "balanced sampling needs one class per image: leave it out for multi-label and regression"
+            )
+        classes = found.astype(np.int64)
+        self._rows = [np.flatnonzero(classes == label) for label in np.unique(classes)]
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng(_derived_seed(self.seed, self.dataset.epoch))
+        extra = set(generator.permutation(len(self._rows))[: len(self) % len(self._rows)].tolist())
+        drawn = []
+        for number, rows in enumerate(self._rows):
+            count = len(self) // len(self._rows) + (number in extra)
+            rounds = [generator.permutation(rows) for _ in range(-(-count // len(rows)))]
+            drawn.append(np.concatenate(rounds or [rows])[:count])
+        return iter(generator.permutation(np.concatenate(drawn)).tolist())
+
+
 def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack samples: `pixel_values` (B, C, h, w), `labels` (B,) where there are any, `index` (B,)."""
+    """Stack samples: `pixel_values` (B, C, h, w), `labels` (B,) or (B, K) where there are any, `index` (B,)."""
     batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
     if "labels" in samples[0]:
-        batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
+        batch["labels"] = torch.stack([torch.as_tensor(sample["labels"]) for sample in samples])
     batch["index"] = torch.tensor([sample["index"] for sample in samples])
     return batch
 
@@ -178,19 +213,24 @@ class MixingCollator:
             if alpha > 0
         ]
         with _seeded(self.seed, *(number for sample in samples for number in (sample["epoch"], sample["index"]))):
+            if batch["labels"].ndim == 1:
+                batch["labels"] = self._one_hot(batch["labels"])
             if kinds and torch.rand(()) < self.probability:
                 mix = kinds[int(torch.randint(len(kinds), ()))]
                 batch["pixel_values"], batch["labels"] = mix(batch["pixel_values"], batch["labels"])
-            else:
-                batch["labels"] = torch.nn.functional.one_hot(batch["labels"], self.num_classes).float()
         return batch
+
+    def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
+        if labels.is_floating_point():
+            raise ValueError("mixup and cutmix mix classes; leave them out for regression")
+        return torch.nn.functional.one_hot(labels, self.num_classes).float()
 
 
 @dataclass(frozen=True)
 class MaskingCollator:
-    """Pictures with patches to hide: `pixel_values`, `bool_masked_pos` (B, h*w) true where hidden, `index`.
+    """Images with patches to hide: `pixel_values`, `bool_masked_pos` (B, h*w) true where hidden, `index`.
 
-    A picture's mask depends on (seed, epoch, index) alone. Patches are hidden in square blocks.
+    An image's mask depends on (seed, epoch, index) alone. Patches are hidden in square blocks.
 
     Args:
         grid: (h, w) in patches; `block` is how many of them a block is high and wide.
@@ -217,7 +257,7 @@ class MaskingCollator:
 
     def _mask(self, epoch: int, index: int) -> torch.Tensor:
         height, width = self.grid[0] // self.block, self.grid[1] // self.block
-        with _seeded(self.seed, epoch, index, 1):  # another draw than the picture's augmentation
+        with _seeded(self.seed, epoch, index, 1):  # another draw than the image's augmentation
             order = torch.randperm(height * width)
         hidden = (order < math.ceil(self.ratio * height * width)).view(height, width)
         return hidden.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1).flatten()
@@ -243,7 +283,7 @@ class _Preparation:
 
 
 class _Resize(torch.nn.Module):
-    """The whole picture at the model's size, in float32 as `_Crop` does it."""
+    """The whole image at the model's size, in float32 as `_Crop` does it."""
 
     def __init__(self, size: tuple[int, int], *, antialias: bool):
         super().__init__()
