@@ -1,4 +1,6 @@
-"""The closed forms against plain solvers, and features read from a model."""
+"""Closed forms against plain solvers, and features read from a model."""
+
+import inspect
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTModel
 from hf_vit.evaluation.probing import (
     BIAS_CONSTANT,
     L2_GRID,
+    REFERENCE_L2,
     LeastSquaresProbe,
     extract_features,
     pick_shots,
@@ -60,7 +63,7 @@ def test_leaving_one_out_in_closed_form_is_leaving_one_out(digits, shots):
     assert float(probe._left_out_accuracy(l2)) == pytest.approx(np.mean(hits))
 
 
-def test_the_selected_strength_is_in_the_grid_and_beats_none_at_all(digits):
+def test_the_selected_strength_is_in_the_grid_and_beats_no_regularisation(digits):
     train, labels, test, test_labels = digits
     rows = pick_shots(labels, shots=5, seed=0)
     probe = LeastSquaresProbe(train[rows], labels[rows])
@@ -71,17 +74,26 @@ def test_the_selected_strength_is_in_the_grid_and_beats_none_at_all(digits):
     assert chosen > 0.7
 
 
-def test_shots_are_so_many_of_each_class_grow_and_change_with_the_seed(digits):
+def test_shots_are_drawn_per_class_are_nested_and_depend_on_the_seed(digits):
     _, labels, _, _ = digits
     five, ten, other = (pick_shots(labels, shots=shots, seed=seed) for shots, seed in ((5, 0), (10, 0), (5, 1)))
     assert torch.bincount(labels[five]).tolist() == [5] * 10
     assert set(five.tolist()) < set(ten.tolist())
     assert set(five.tolist()) != set(other.tolist())
-    with pytest.raises(ValueError, match="class 0 has 3 training samples, 4 shots need 4"):
+    with pytest.raises(ValueError, match="class 0 has 3 training samples, expected at least 4"):
         pick_shots(torch.tensor([0, 0, 0, 1]), shots=4, seed=0)
 
 
-def test_the_vote_of_neighbours_is_scikit_learns(digits):
+def test_the_defaults_are_those_of_the_sources():
+    # DINO (Caron et al. 2021), appendix F; big_vision/evaluators/fewshot_lsr.py, l2_reg and bias_constant (1475d53)
+    defaults = inspect.signature(predict_nearest).parameters
+    assert (defaults["num_neighbors"].default, defaults["temperature"].default) == (20, 0.07)
+    assert (REFERENCE_L2, BIAS_CONSTANT) == (1024.0, 100.0)
+    assert inspect.signature(LeastSquaresProbe.predict).parameters["l2"].default == 1024.0
+    assert (min(L2_GRID), max(L2_GRID), len(L2_GRID)) == (2.0**-10, 2.0**20, 31)
+
+
+def test_the_vote_of_neighbours_equals_scikit_learn(digits):
     train, labels, test, _ = digits
     neighbors = KNeighborsClassifier(
         20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
@@ -92,7 +104,7 @@ def test_the_vote_of_neighbours_is_scikit_learns(digits):
     assert np.array_equal(predict_nearest(train, labels, train, num_neighbors=1), labels)
 
 
-def test_the_linear_probe_is_scikit_learns_logistic_regression(digits):
+def test_the_linear_probe_equals_scikit_learns_logistic_regression(digits):
     train, labels, test, test_labels = digits
     train, labels = train[:300], labels[:300]
     predictions = predict_linear(train, labels, test, l2_values=[1e-2])

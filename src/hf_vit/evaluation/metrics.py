@@ -1,142 +1,162 @@
-"""Metrics of image classification without the network, and predictions gathered to the last sample.
+"""Metrics of classification, multi-label classification and regression, computed from summaries of the outputs.
 
-`summarize_logits` is what leaves the device: five classes and one confidence a sample instead of all logits (10,000
-rows of 1,000 floats take Arrow seconds). Letters: B samples, K classes.
+A summary is what leaves the device: five classes and one confidence for each image instead of all logits (10,000 rows
+of 1,000 floats take Arrow seconds). Letters: B images, K classes.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 import torch
 
-
-def top_k_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Share of samples whose class is the first, and among the first five, of a row of `predictions`."""
-    hits = predictions == references[:, None]
-    return {"accuracy": float(hits[:, 0].mean()), "top5_accuracy": float(hits[:, :5].any(axis=1).mean())}
+from hf_vit.evaluation.outputs import DEFAULT_THRESHOLD, ProblemType
 
 
-def expected_calibration_error(
-    predictions: np.ndarray, references: np.ndarray, confidences: np.ndarray, num_bins: int = 15
-) -> dict[str, float]:
-    """Mean distance of confidence and accuracy over `num_bins` equal bins of confidence, weighted by their samples.
+TOP_K = 5
+NUM_BINS = 15  # of confidence. Source: Guo et al. 2017, section 4: "We use M = 15 bins"
+
+
+def calibration_error(
+    predictions: np.ndarray, references: np.ndarray, confidences: np.ndarray, num_bins: int = NUM_BINS
+) -> float:
+    """Return the mean distance between confidence and accuracy over equal bins of confidence, weighted by their size.
 
     Source: Guo et al. 2017, "On calibration of modern neural networks", equation 3; bins are open on the left.
     """
     bins = np.digitize(confidences, np.linspace(0, 1, num_bins + 1)[1:-1], right=True)
     excess = np.bincount(bins, weights=confidences - (predictions == references), minlength=num_bins)
-    return {"ece": float(np.abs(excess).sum() / len(references))}
+    return float(np.abs(excess).sum() / len(references))
 
 
-def confusion_matrix(predictions: np.ndarray, references: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """Counts (K, K) of samples, true classes down, predicted ones across."""
-    counts = np.bincount(references * num_classes + predictions, minlength=num_classes**2)
-    return {"confusion_matrix": counts.reshape(num_classes, num_classes)}
-
-
-def per_class_accuracy(predictions: np.ndarray, references: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """Accuracy (K,) among the samples of each class; not a number for a class without samples."""
+def per_class_accuracy(predictions: np.ndarray, references: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the accuracy (K,) among the images of each class; NaN for a class without images."""
     samples = np.bincount(references, minlength=num_classes).astype(float)
     hits = np.bincount(references[predictions == references], minlength=num_classes)
-    return {"per_class_accuracy": np.divide(hits, samples, out=np.full(num_classes, np.nan), where=samples > 0)}
+    return np.divide(hits, samples, out=np.full(num_classes, np.nan), where=samples > 0)
 
 
-class _Metric(evaluate.Metric):
-    """A function of arrays as a metric held in memory: it writes to no cache that other processes share."""
+def per_class_average_precision(probabilities: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Return the average precision (K,) of each class of a multi-label problem; NaN for a class without images."""
+    from sklearn.metrics import average_precision_score
 
-    inputs: ClassVar[dict[str, Any]]
-    score: Callable[..., dict[str, Any]]
+    return np.array(
+        [
+            average_precision_score(truth, scores) if truth.any() else np.nan
+            for truth, scores in zip(references.T.astype(int), probabilities.T, strict=True)
+        ]
+    )
+
+
+class ClassificationMetrics(evaluate.Metric):
+    """`accuracy`, `balanced_accuracy`, `macro_f1`, `ece`, and `top5_accuracy` where there are more than five classes.
+
+    `predictions` are rows of classes, most probable first, and `confidences` the probabilities of the first ones.
+    """
 
     def __init__(self):
-        super().__init__(keep_in_memory=True)
+        super().__init__(keep_in_memory=True)  # no cache file that other processes share
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({**self.inputs, "references": datasets.Value("int64")})
-        return evaluate.MetricInfo(description=self.__doc__ or "", citation="", features=features)
+        features = {
+            "predictions": datasets.List(datasets.Value("int64")),
+            "confidences": datasets.Value("float64"),
+            "references": datasets.Value("int64"),
+        }
+        return evaluate.MetricInfo(description=self.__doc__ or "", citation="", features=datasets.Features(features))
 
     def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
-        if "confidences" in kwargs:
-            kwargs["confidences"] = np.asarray(kwargs["confidences"])
-        return self.score(np.asarray(predictions), np.asarray(references), **kwargs)
+        from sklearn.metrics import f1_score
 
-
-class TopKAccuracy(_Metric):
-    """`accuracy` and `top5_accuracy`; `predictions` are rows of classes, likeliest first."""
-
-    inputs: ClassVar = {"predictions": datasets.List(datasets.Value("int64"))}
-    score = staticmethod(top_k_accuracy)
-
-
-class ExpectedCalibrationError(_Metric):
-    """`ece`; `predictions` are classes, `confidences` their probabilities."""
-
-    inputs: ClassVar = {"predictions": datasets.Value("int64"), "confidences": datasets.Value("float64")}
-    score = staticmethod(expected_calibration_error)
-
-
-class ConfusionMatrix(_Metric):
-    """`confusion_matrix`; `predictions` are classes, and `num_classes` is given to `compute`."""
-
-    inputs: ClassVar = {"predictions": datasets.Value("int64")}
-    score = staticmethod(confusion_matrix)
-
-
-class PerClassAccuracy(_Metric):
-    """`per_class_accuracy`; `predictions` are classes, and `num_classes` is given to `compute`."""
-
-    inputs: ClassVar = {"predictions": datasets.Value("int64")}
-    score = staticmethod(per_class_accuracy)
+        ranked, references, confidences = map(np.asarray, (predictions, references, kwargs["confidences"]))
+        hits, first = ranked == references[:, None], ranked[:, 0]
+        recalls = per_class_accuracy(first, references, int(references.max()) + 1)
+        scores = {
+            "accuracy": float(hits[:, 0].mean()),
+            "balanced_accuracy": float(np.nanmean(recalls)),
+            "macro_f1": float(f1_score(references, first, average="macro", zero_division=0)),
+            "ece": calibration_error(first, references, confidences),
+        }
+        return scores | ({"top5_accuracy": float(hits.any(axis=1).mean())} if ranked.shape[1] >= TOP_K else {})
 
 
 def summarize_logits(logits: torch.Tensor, labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The five likeliest classes (B, min(5, K)), likeliest first, and the first one's probability (B,).
+    """Return the most probable classes (B, 5), best first, or (B, 1) of five or fewer, and the first's probability.
 
-    For Trainer's `preprocess_logits_for_metrics`, with `compute_metrics` after it; `labels` are not looked at.
+    For Trainer's `preprocess_logits_for_metrics`, with `compute_metrics` after it; `labels` are not read.
     """
     logits = logits.detach().float()
-    ranked = logits.sort(dim=-1, descending=True, stable=True).indices[:, :5]  # stable: ties are equal on all ranks
+    kept = TOP_K if logits.shape[-1] > TOP_K else 1
+    ranked = logits.sort(dim=-1, descending=True, stable=True).indices[:, :kept]  # stable: ties are equal on all ranks
     return ranked, logits.softmax(dim=-1).amax(dim=-1)
 
 
 def compute_metrics(predictions: Any) -> dict[str, float]:
-    """`accuracy`, `top5_accuracy` and `ece`, for Trainer's `compute_metrics`.
-
-    Args:
-        predictions: an `EvalPrediction`, or a pair, of `summarize_logits`' output and the true classes.
-    """
+    """Return `ClassificationMetrics` of an `EvalPrediction` of `summarize_logits`' output and the true classes."""
     (ranked, confidences), references = predictions
-    ranked = np.asarray(ranked)
-    accuracy = TopKAccuracy().compute(predictions=ranked, references=references)
-    calibration = ExpectedCalibrationError().compute(
-        predictions=ranked[:, 0], confidences=confidences, references=references
-    )
-    return (accuracy or {}) | (calibration or {})
+    return ClassificationMetrics().compute(predictions=ranked, confidences=confidences, references=references) or {}
 
 
-def gather_batch(accelerator: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch's tensors of all ranks on the CPU; the copies that fill up a last batch may still be there."""
-    return {name: tensor.cpu() for name, tensor in accelerator.gather_for_metrics(batch).items()}
+def _summarize_multi_label(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    return logits.detach().float().sigmoid()
 
 
-def in_dataset_order(batches: list[dict[str, torch.Tensor]], num_samples: int) -> dict[str, torch.Tensor]:
-    """Gathered batches as whole columns, one row for each sample of the dataset, in its order.
+def _multi_label_metrics(predictions: Any) -> dict[str, float]:
+    """Return `map` (the mean over classes with images of their average precision), `micro_f1` and `macro_f1`."""
+    from sklearn.metrics import f1_score
+
+    probabilities, references = (np.asarray(values) for values in predictions)
+    references = references.astype(int)
+    precisions = per_class_average_precision(probabilities, references)
+    found = (probabilities >= DEFAULT_THRESHOLD).astype(int)
+    f1 = {kind: float(f1_score(references, found, average=kind, zero_division=0)) for kind in ("micro", "macro")}
+    mean = float(np.nanmean(precisions)) if np.isfinite(precisions).any() else float("nan")
+    return {"map": mean, "micro_f1": f1["micro"], "macro_f1": f1["macro"]}
+
+
+def _summarize_values(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    return logits.detach().float()
+
+
+def _regression_metrics(predictions: Any) -> dict[str, float]:
+    """Return `mae`, `mse` and `r2`, over all outputs; `r2` is NaN where the true values are all equal."""
+    values, references = (np.asarray(values, dtype=np.float64).reshape(-1) for values in predictions)
+    error = values - references
+    variance = references.var()
+    mse = float(np.square(error).mean())
+    r2 = 1 - mse / variance if variance > 0 else float("nan")
+    return {"mae": float(np.abs(error).mean()), "mse": mse, "r2": float(r2)}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Metrics of one problem type, as the two functions that Trainer takes.
 
     Args:
-        batches: with the samples' `index` (B,) among their tensors.
-        num_samples: length of the dataset; what each index must be met of, once or more.
-    Raises:
-        RuntimeError: if a sample is missing.
+        summarize: `preprocess_logits_for_metrics`: what of the logits leaves the device.
+        compute: `compute_metrics`: the metrics of an `EvalPrediction` of these summaries.
     """
-    columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    position = torch.full((num_samples,), -1)
-    position[columns["index"]] = torch.arange(len(columns["index"]))
-    missing = (position < 0).nonzero().flatten()
-    if len(missing):
-        raise RuntimeError(
-            f"{len(missing)} of {num_samples} samples were not evaluated, first {missing[:5].tolist()}: "
-            "is the loader's drop_last on?"
-        )
-    return {name: column[position] for name, column in columns.items()}
+
+    summarize: Callable[..., Any]
+    compute: Callable[[Any], dict[str, float]]
+
+
+def metrics_for(problem_type: ProblemType | str | None) -> Metrics:
+    """Return the metrics of a problem type of transformers; None stands for single-label classification.
+
+    Raises:
+        ValueError: If there is no such problem type.
+    """
+    if problem_type in (None, "single_label_classification"):
+        return Metrics(summarize_logits, compute_metrics)
+    if problem_type == "multi_label_classification":
+        return Metrics(_summarize_multi_label, _multi_label_metrics)
+    if problem_type == "regression":
+        return Metrics(_summarize_values, _regression_metrics)
+    raise ValueError(
+        f"unknown problem_type {problem_type!r}: expected single_label_classification, multi_label_classification or "
+        "regression"
+    )
