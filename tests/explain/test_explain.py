@@ -53,7 +53,7 @@ SHAPES = {
 
 
 def make_model(*, pooling="token", shape="patches", **fields):
-    """A model all of whose weights are random, with a picture that is not as its configuration says."""
+    """A model all of whose weights are random, with an image that is not as its configuration says."""
     torch.manual_seed(0)
     config = HfViTConfig(**(SIZES | SHAPES[shape] | {"pooling": pooling, "num_labels": 5} | fields))
     model = HfViTForImageClassification(config).eval()
@@ -62,12 +62,12 @@ def make_model(*, pooling="token", shape="patches", **fields):
     return model
 
 
-def make_picture(height=40, width=24, seed=1):
+def make_image(height=40, width=24, seed=1):
     return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def numpy_rollout(attentions):
-    """The product of the blocks' mixing matrices, written out for one picture: (L, K, N, N) to (N, N)."""
+    """The product of the blocks' mixing matrices, written out for one image: (L, K, N, N) to (N, N)."""
     tokens = attentions[0].shape[-1]
     product = np.eye(tokens)
     for block in attentions:
@@ -128,10 +128,10 @@ def test_rollout_of_no_blocks_is_refused():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pooling", ["token", "gap", "map", "none"])
 def test_shares_sum_to_one_and_the_logits_are_those_of_a_plain_run(pooling, shape):
-    model, picture = make_model(pooling=pooling, shape=shape), make_picture()
-    explanation = explain(model, picture, num_classes=1, occlusion_steps=2)
+    model, image = make_model(pooling=pooling, shape=shape), make_image()
+    explanation = explain(model, image, num_classes=1, occlusion_steps=2)
     with torch.no_grad():
-        plain = model(picture, interpolate_pos_encoding=True).logits
+        plain = model(image, interpolate_pos_encoding=True).logits
     plain = plain.mean(1) if pooling == "none" else plain
     assert (explanation.logits - plain[0]).abs().max() <= 1e-5
     assert explanation.tokens.size == model.config.grid_of((40, 24))
@@ -148,15 +148,15 @@ def test_shares_sum_to_one_and_the_logits_are_those_of_a_plain_run(pooling, shap
 
 
 def test_what_is_pooled_decides_whose_attention_is_shown():
-    picture, shares = make_picture(), {}
+    image, shares = make_image(), {}
     for pooling in ("token", "gap", "map"):
-        shares[pooling] = pooling_weights(make_model(pooling=pooling), picture)[0]
+        shares[pooling] = pooling_weights(make_model(pooling=pooling), image)[0]
     assert shares["token"].tolist() == [1.0] + [0.0] * 15
     assert shares["gap"][0] == 0
     assert torch.allclose(shares["gap"][1:], torch.full((15,), 1 / 15))
     model = make_model(pooling="map")
     with torch.no_grad():
-        tokens = model.vit(picture, interpolate_pos_encoding=True).last_hidden_state[0]  # (N, D)
+        tokens = model.vit(image, interpolate_pos_encoding=True).last_hidden_state[0]  # (N, D)
         attn = model.vit.pooler.attn
         query = attn.query(model.vit.pooler.probe[0, 0]).view(2, 16)
         scores = torch.einsum("kd,nkd->kn", query, attn.key(tokens).view(-1, 2, 16)) / 4
@@ -170,10 +170,10 @@ def test_no_more_than_one_layer_of_attention_is_alive():
         assert not [ref for ref in alive if ref() is not None], f"block {layer}: an earlier attention is still held"
         alive.append(weakref.ref(attention))
 
-    visit_attentions(model, make_picture(), count)
+    visit_attentions(model, make_image(), count)
     assert len(alive) == 5
     alive.clear()
-    visit_attention_gradients(model, make_picture(), 0, lambda layer, attention, gradient: count(layer, attention))
+    visit_attention_gradients(model, make_image(), 0, lambda layer, attention, gradient: count(layer, attention))
     assert len(alive) == 5
 
 
@@ -183,7 +183,7 @@ def test_the_model_is_left_as_it_was_found(pooling):
     model.vit.embeddings.eval()
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     backend = model.config._attn_implementation
-    first, again = (explain(model, make_picture(), num_classes=1, occlusion_steps=2) for _ in range(2))
+    first, again = (explain(model, make_image(), num_classes=1, occlusion_steps=2) for _ in range(2))
     assert torch.equal(first.logits, again.logits)  # no dropout
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert model.training
@@ -194,9 +194,9 @@ def test_the_model_is_left_as_it_was_found(pooling):
 
 @pytest.mark.parametrize("pooling", ["token", "gap", "map"])
 def test_a_model_in_bfloat16_is_explained_in_float32(pooling):
-    model, picture = make_model(pooling=pooling), make_picture()
-    exact = explain(model, picture, num_classes=1, occlusion_steps=2)
-    rough = explain(model.bfloat16(), picture, num_classes=1, occlusion_steps=2)
+    model, image = make_model(pooling=pooling), make_image()
+    exact = explain(model, image, num_classes=1, occlusion_steps=2)
+    rough = explain(model.bfloat16(), image, num_classes=1, occlusion_steps=2)
     assert rough.rollout.dtype == rough.pooled_attention.dtype == rough.distances.dtype == torch.float32
     assert (rough.rollout_map - exact.rollout_map).abs().max() < 0.02
     assert rough.classes[0].relevance.dtype == torch.float32
@@ -209,7 +209,7 @@ def test_a_failing_visitor_leaves_no_hook_behind():
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        explain(model, make_picture(), visit=fail)
+        explain(model, make_image(), visit=fail)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -220,10 +220,10 @@ def stock_vit(**kwargs):
 
 
 def test_stock_models_that_return_attentions_are_explained():
-    model, picture = stock_vit(attn_implementation="eager"), make_picture(32, 32)
-    explanation = explain(model, picture, num_classes=1, occlusion_steps=2)
+    model, image = stock_vit(attn_implementation="eager"), make_image(32, 32)
+    explanation = explain(model, image, num_classes=1, occlusion_steps=2)
     with torch.no_grad():
-        plain = model(picture, output_attentions=True)
+        plain = model(image, output_attentions=True)
     assert torch.equal(explanation.logits, plain.logits[0])
     assert torch.allclose(explanation.rollout, attention_rollout(plain.attentions)[0], atol=1e-6)
     assert explanation.tokens == TokenGrid((4, 4), (8, 8), 1)
@@ -234,32 +234,32 @@ def test_stock_models_that_return_attentions_are_explained():
 
 def test_a_backend_without_probabilities_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match='attn_implementation="eager"'):
-        explain(stock_vit(attn_implementation="sdpa"), make_picture(32, 32))
+        explain(stock_vit(attn_implementation="sdpa"), make_image(32, 32))
 
 
 def test_a_model_that_records_nothing_is_refused():
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2)
     with pytest.raises(ValueError, match="does not say where its attentions are"):
-        visit_attentions(transformers.ResNetForImageClassification(config), make_picture(), print)
+        visit_attentions(transformers.ResNetForImageClassification(config), make_image(), print)
 
 
 @pytest.mark.parametrize("pixels", [torch.zeros(2, 3, 32, 32), torch.zeros(3, 32, 32)])
-def test_other_than_one_picture_is_refused(pixels):
-    with pytest.raises(ValueError, match="expected one picture"):
+def test_other_than_one_image_is_refused(pixels):
+    with pytest.raises(ValueError, match="expected one image"):
         explain(make_model(), pixels)
 
 
 # --- relevance for a class ---
 
 
-def dense_relevance(model, picture, class_index):
+def dense_relevance(model, image, class_index):
     """The same by the rules of arXiv:2103.15679 with whole matrices: one graph over all blocks, R + A R."""
     model.set_attn_implementation("eager")
     probes = []
     if model.config.pooling == "map":
         attn = model.vit.pooler.attn
         attn.register_forward_hook(lambda module, args, output: probes.append(output[1]))
-    output = model(picture, output_attentions=True, interpolate_pos_encoding=True)
+    output = model(image, output_attentions=True, interpolate_pos_encoding=True)
     attentions = [*output.attentions, *probes]
     logits = output.logits.mean(1) if output.logits.ndim == 3 else output.logits
     gradients = torch.autograd.grad(logits[0, class_index], attentions)
@@ -277,22 +277,22 @@ def dense_relevance(model, picture, class_index):
 @pytest.mark.parametrize("shape", ["patches", "hybrid", "no class token"])
 @pytest.mark.parametrize("pooling", ["token", "gap", "map", "none"])
 def test_relevance_equals_the_whole_matrices(pooling, shape):
-    model, picture = make_model(pooling=pooling, shape=shape), make_picture()
-    got = class_relevance(model, picture, 3)[0]
-    expected = dense_relevance(make_model(pooling=pooling, shape=shape), picture, 3)
+    model, image = make_model(pooling=pooling, shape=shape), make_image()
+    got = class_relevance(model, image, 3)[0]
+    expected = dense_relevance(make_model(pooling=pooling, shape=shape), image, 3)
     assert float(expected.max()) > 0
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
-    assert not torch.allclose(got, class_relevance(model, picture, 0)[0], rtol=1e-2, atol=0)
+    assert not torch.allclose(got, class_relevance(model, image, 0)[0], rtol=1e-2, atol=0)
 
 
 def test_a_class_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="expected a number from 0 to 4"):
-        class_relevance(make_model(), make_picture(), 5)
+    with pytest.raises(ValueError, match="expected an index from 0 to 4"):
+        class_relevance(make_model(), make_image(), 5)
 
 
 def test_a_model_without_classes_is_explained_without_them():
     torch.manual_seed(0)
-    explanation = explain(HfViTModel(HfViTConfig(**SIZES, **SHAPES["patches"])), make_picture())
+    explanation = explain(HfViTModel(HfViTConfig(**SIZES, **SHAPES["patches"])), make_image())
     assert explanation.logits is None
     assert explanation.classes == []
     assert explanation.rollout_map.shape == (5, 3)
@@ -319,9 +319,9 @@ def planted_model():
 
 
 def test_occlusion_finds_the_planted_patch_and_nothing_else():
-    picture = torch.zeros(1, 1, 24, 32)
-    picture[:, :, 8:12, 20:24] = 4.0  # patch (2, 5)
-    drops = occlusion_sensitivity(planted_model(), picture, 1, window=(4, 4), stride=(4, 4), batch_size=5)
+    image = torch.zeros(1, 1, 24, 32)
+    image[:, :, 8:12, 20:24] = 4.0  # patch (2, 5)
+    drops = occlusion_sensitivity(planted_model(), image, 1, window=(4, 4), stride=(4, 4), batch_size=5)
     assert drops.shape == (6, 8)
     assert divmod(int(drops.argmax()), 8) == (2, 5)
     assert drops[2, 5] > 1e-3
@@ -329,15 +329,15 @@ def test_occlusion_finds_the_planted_patch_and_nothing_else():
     assert drops.abs().max() <= 1e-7
 
 
-def test_windows_cover_the_picture_to_its_edge():
-    picture = torch.zeros(1, 1, 24, 32)
-    picture[:, :, 20:, 28:] = 4.0
-    drops = occlusion_sensitivity(planted_model(), picture, 1, window=(10, 6), stride=(8, 8))
+def test_windows_cover_the_image_to_its_edge():
+    image = torch.zeros(1, 1, 24, 32)
+    image[:, :, 20:, 28:] = 4.0
+    drops = occlusion_sensitivity(planted_model(), image, 1, window=(10, 6), stride=(8, 8))
     assert drops.shape == (3, 5)  # rows 0, 8, 14; columns 0, 8, 16, 24, 26
     assert divmod(int(drops.argmax()), 5) == (2, 4)
 
 
-def test_a_window_larger_than_the_picture_is_refused():
+def test_a_window_larger_than_the_image_is_refused():
     with pytest.raises(ValueError, match="24x32 pixels"):
         occlusion_sensitivity(planted_model(), torch.zeros(1, 1, 24, 32), 0, window=(25, 4), stride=(4, 4))
 
@@ -346,11 +346,11 @@ def test_on_handwriting_every_view_sees_the_stroke():
     model = HfViTForImageClassification.from_pretrained(ROOT / "examples" / "checkpoints" / "vit-mnist.npz")
     with np.load(ROOT / "examples" / "checkpoints" / "vit-mnist.io.npz", allow_pickle=False) as archive:
         pixels = torch.from_numpy(archive["pixels"]).permute(0, 3, 1, 2)
-    for picture in pixels[:3]:
-        found = explain(model, picture[None], num_classes=1, occlusion_steps=0)
+    for image in pixels[:3]:
+        found = explain(model, image[None], num_classes=1, occlusion_steps=0)
         (best,) = found.classes
-        hidden = occlusion_sensitivity(model, picture[None], best.index, window=(4, 4), stride=(4, 4))
-        ink = torch.nn.functional.avg_pool2d(picture.mean(0, keepdim=True), 4)[0] > -0.5  # (8, 8)
+        hidden = occlusion_sensitivity(model, image[None], best.index, window=(4, 4), stride=(4, 4))
+        ink = torch.nn.functional.avg_pool2d(image.mean(0, keepdim=True), 4)[0] > -0.5  # (8, 8)
         for view in (found.rollout_map, best.relevance, hidden):
             assert view[ink].mean() > 1.3 * view[~ink].mean().clamp(min=0)
 
@@ -378,7 +378,7 @@ def test_distance_of_even_attention_is_the_mean_over_all_pairs():
 
 
 @pytest.mark.parametrize("shape", ["patches", "hybrid"])
-def test_filters_are_the_principal_components_of_what_sees_the_picture(shape):
+def test_filters_are_the_principal_components_of_what_sees_the_image(shape):
     model = make_model(shape=shape)
     weight = model.vit.embeddings.patch_embeddings.weight
     if shape == "hybrid":
@@ -430,7 +430,7 @@ def test_ranks_are_compared_and_ties_share_theirs():
 # --- what it may import ---
 
 
-def test_pictures_load_neither_matplotlib_nor_training():
+def test_figures_load_neither_matplotlib_nor_training():
     code = (
         "import sys, hf_vit.explain; heavy = {'matplotlib', 'datasets', 'evaluate'};"
         "ours = {f'hf_vit.{n}' for n in ('training', 'probing', 'inference', 'hub')};"

@@ -1,6 +1,7 @@
 """The page of `examples/explain.py`: what is packed into it, and what a reader in a real browser meets."""
 
 import importlib.util
+import math
 import re
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 import torch
 from browser import SIZES, visit
 from PIL import Image
+from tiny_models import TINY
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
+from hf_vit.data.images import ImageError
 from hf_vit.explain import TokenGrid
-from hf_vit.explain.maps import join_patches
+from hf_vit.explain.figures import times_uniform
+from hf_vit.explain.maps import join_patches, uniform_distance
 from hf_vit.explain.page import AttentionPage, pack_rows, unpack_rows
 
 
@@ -21,8 +25,8 @@ MNIST = ROOT / "examples" / "checkpoints" / "vit-mnist.npz"
 HOSTILE = "</script><img src=x onerror=console.log(1)>"
 
 
-def make_page(*, pictures=1, grid=(6, 9), max_bytes=64 * 2**20, pooling="token", heads=3, layers=2, labels=("cat",)):
-    """A page on random pictures, the model that is explained in it, and what was found."""
+def make_page(*, images=1, grid=(6, 9), max_bytes=64 * 2**20, pooling="token", heads=3, layers=2, labels=("cat",)):
+    """A page on random images, the model that is explained in it, and what was found."""
     torch.manual_seed(0)
     names = dict(enumerate(labels)) if len(labels) > 1 else {0: labels[0], 1: "dog"}
     config = HfViTConfig(
@@ -33,12 +37,12 @@ def make_page(*, pictures=1, grid=(6, 9), max_bytes=64 * 2**20, pooling="token",
     model = HfViTForImageClassification(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    page = AttentionPage(model, name="tiny", num_pictures=pictures, max_bytes=max_bytes)
+    page = AttentionPage(model, name="tiny", num_images=images, max_bytes=max_bytes)
     found = []
-    for number in range(pictures):
+    for number in range(images):
         pixels = make_pixels(grid, number)
         image = Image.new("RGB", (pixels.shape[3], pixels.shape[2]), (90 + 60 * number, 120, 60))
-        found.append(page.add(f"picture {number}", image, pixels, num_classes=2, occlusion_steps=3))
+        found.append(page.add(f"image {number}", image, pixels, num_classes=2, occlusion_steps=3))
     return page, model, found
 
 
@@ -48,7 +52,7 @@ def make_pixels(grid, seed):
 
 
 def attention_of(model, layer):
-    """The attention (K, N, N) of the first picture, by the model's own output."""
+    """The attention (K, N, N) of the first image, by the model's own output."""
     with torch.no_grad():
         output = model(make_pixels((6, 9), 0), output_attentions=True, interpolate_pos_encoding=True)
     return output.attentions[layer][0]
@@ -84,7 +88,7 @@ def test_joined_patches_give_and_get_what_their_patches_did():
 @pytest.mark.parametrize(("budget", "join"), [(64 * 2**20, 1), (20_000, 1), (10_000, 2), (1, 9)])
 def test_a_page_keeps_to_its_budget_by_joining_patches(budget, join):
     page, _, _ = make_page(max_bytes=budget)
-    described = page.pictures[0]
+    described = page.images[0]
     assert described["join"] == join
     tokens = 1 + described["grid"][0] * described["grid"][1]
     if budget > 1:
@@ -146,12 +150,43 @@ def test_the_command_writes_one_page_and_its_figures_and_keeps_what_was_there(tm
     assert str(out / "index.html") in capsys.readouterr().out
 
 
-def test_an_unreadable_picture_leaves_no_half_made_folder(tmp_path, digit, capsys):
+def test_a_random_twin_is_another_entry_and_leaves_the_figures_of_the_model_alone():
+    torch.manual_seed(3)
+    model = HfViTForImageClassification(HfViTConfig(**(TINY | {"zero_init_head": False}))).eval()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    page, pixels = AttentionPage(model, name="m", num_images=2), torch.randn(1, 3, 32, 32)
+    image = Image.new("RGB", (32, 32))
+    state = torch.get_rng_state()
+    explanation = page.add("a", image, pixels, num_classes=1, occlusion_steps=0)
+    twin = page.add_random_twin("a", image, pixels)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [entry["name"] for entry in page.images] == ["a", "a, random weights"]
+    assert page.images[1]["classes"] == []
+    assert not torch.allclose(twin.pooled_attention, explanation.pooled_attention)
+    assert torch.equal(page.mean_distances(), explanation.distances)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in page.model.state_dict().items())
+    assert page.uniform_distance() == pytest.approx(uniform_distance(explanation.tokens))
+
+
+def test_uniform_attention_is_one_on_the_scale_whatever_the_image():
+    low, one, high = times_uniform(torch.tensor([0.1, 1.0, 16.0])).tolist()
+    assert (low, high) == (0, 1)
+    assert one == pytest.approx(math.log(4) / math.log(64))
+
+
+def test_the_uniform_distance_is_the_mean_over_all_pairs_of_patches():
+    tokens = TokenGrid((2, 3), (4, 5), 1)
+    centres = [(4 * row, 5 * column) for row in range(2) for column in range(3)]
+    pairs = [math.dist(a, b) for a in centres for b in centres]
+    assert uniform_distance(tokens) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_an_unreadable_image_leaves_no_half_made_folder(tmp_path, digit):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     out = tmp_path / "out"
-    assert run_example("explain", digit, broken, "--model_name_or_path", MNIST, "--output_dir", out) == 1
-    assert "broken.png" in capsys.readouterr().err
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        run_example("explain", digit, broken, "--model_name_or_path", MNIST, "--output_dir", out)
     assert not out.exists()
 
 
@@ -160,8 +195,8 @@ def test_an_unreadable_picture_leaves_no_half_made_folder(tmp_path, digit, capsy
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A page of two pictures on disk, and the model in it."""
-    page, model, found = make_page(pictures=2, labels=(HOSTILE, "dog"))
+    """A page of two images on disk, and the model in it."""
+    page, model, found = make_page(images=2, labels=(HOSTILE, "dog"))
     path = tmp_path_factory.mktemp("site") / "index.html"
     path.write_text(page.html(), encoding="utf-8")
     return path.as_uri(), model, found
@@ -233,7 +268,7 @@ def test_everything_can_be_reached_by_keyboard(site):
     url, model, _ = site
     with visit(url) as seen:
         ready(seen, "0 1 -1 pooled looks")
-        seen.page.focus("#picture")
+        seen.page.focus("#image")
         seen.page.keyboard.press("Tab")
         assert seen.page.evaluate("document.activeElement.id") == "stage"
         for key, expected in (
@@ -273,9 +308,9 @@ def test_classes_are_compared_and_labels_are_text(site):
         assert [title.rsplit(" · ", 1)[0] for title in titles] == [best.label for best in found[0].classes]
         assert HOSTILE in [best.label for best in found[0].classes]
         assert seen.page.locator("#classes canvas").count() == 4
-        seen.page.select_option("#picture", "1")
+        seen.page.select_option("#image", "1")
         ready(seen, "1 1 -1 pooled looks")
-        assert seen.page.inner_text("#about") == "picture 1: 6 \N{MULTIPLICATION SIGN} 9 patches, 2 blocks of 3 heads"
+        assert seen.page.inner_text("#about") == "image 1: 6 \N{MULTIPLICATION SIGN} 9 patches, 2 blocks of 3 heads"
         quiet(seen, url)
 
 
@@ -297,7 +332,7 @@ def test_a_grid_of_24_by_24_patches_follows_the_pointer(tmp_path):
     page, _, _ = make_page(grid=(24, 24), heads=12, layers=1, labels=("cat", "dog"))
     path = tmp_path / "index.html"
     path.write_text(page.html(), encoding="utf-8")
-    assert page.pictures[0]["join"] == 1
+    assert page.images[0]["join"] == 1
     with visit(path.as_uri()) as seen:
         ready(seen, "0 0 -1 pooled looks")
         for cell in (0, 100, 575):

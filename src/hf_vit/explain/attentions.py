@@ -1,9 +1,9 @@
-"""The attention of a model, one layer at a time: no more than one layer's N x N probabilities are held.
+"""The attention of a model, one block at a time, so that N x N probabilities of one block are held in memory.
 
-Works with every model of transformers that says where its attentions are (`_can_record_outputs`): ours, and the stock
+Works with every model of transformers that says where its attentions are (`_can_record_outputs`): hf-vit's, and stock
 ones with `attn_implementation="eager"`.
 
-Shapes: B pictures, K heads, N tokens (prefix tokens, then h*w patches row by row), D width of a token.
+Shapes: B images, K heads, N tokens (prefix tokens, then h*w patches row by row), D width of a token.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from transformers.utils.output_capturing import OutputRecorder
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Where the tokens of a picture come from.
+    """The grid of patches and the prefix tokens of an image.
 
     Args:
         size: (h, w) in patches.
-        patch: (height, width) of a patch in pixels of the picture, a stem's stride counted in.
+        patch: (height, width) of a patch in pixels of the image, a stem's stride counted in.
         num_prefix_tokens: Tokens before the patches.
     """
 
@@ -48,7 +48,7 @@ class TokenGrid:
 
     @classmethod
     def of(cls, config: Any, image_size: tuple[int, int], num_tokens: int) -> "TokenGrid":
-        """Return the grid of pictures of (height, width) pixels that the model turns into `num_tokens` tokens.
+        """Return the grid of images of (height, width) pixels that the model turns into `num_tokens` tokens.
 
         Raises:
             ValueError: if these are fewer tokens than patches.
@@ -64,7 +64,7 @@ class TokenGrid:
         if prefix < 0:
             raise ValueError(
                 f"the model has {num_tokens} tokens; expected at least {grid[0]}x{grid[1]} for the patches of a "
-                f"picture of {image_size[0]}x{image_size[1]} pixels"
+                f"image of {image_size[0]}x{image_size[1]} pixels"
             )
         return cls(grid, patch, prefix)
 
@@ -72,17 +72,16 @@ class TokenGrid:
 def visit_attentions(
     model: PreTrainedModel, pixel_values: torch.Tensor, visit: Callable[[int, torch.Tensor], None]
 ) -> Any:
-    """Return what the model makes of the pictures; on the way, show `visit` the attention of each block.
+    """Return the output of the model, and call `visit` with the attention of each block.
 
-    The run is a plain one, without dropout and gradients, at whatever size the pictures have: what it returns does not
-    depend on being watched.
+    The forward pass runs without dropout and gradients, at the size of the images; `visit` does not change its output.
 
     Args:
         pixel_values: (B, C, H, W), normalised as the image processor does.
         visit: Called with the block's number from 0 and its probabilities (B, K, N, N), which are freed after it.
 
     Raises:
-        ValueError: if the model does not say where its attentions are, or its attention backend computes none.
+        ValueError: If the model does not declare where its attentions are, or its attention backend computes none.
     """
     with _evaluating(model), torch.no_grad(), contextlib.ExitStack() as hooks:
         for layer, (module, index) in enumerate(_recorded_modules(model, "attentions")):
@@ -91,10 +90,10 @@ def visit_attentions(
 
 
 def pooling_weights(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return how much each token gives to the representation of the picture, (B, N); rows sum to one.
+    """Return the weight of each token in the representation of the image, (B, N); rows sum to one.
 
     One for the token that is pooled, an equal share for the patches with `pooling="gap"` or `"none"`, and with `"map"`
-    what the pooler's query looks at, averaged over its heads.
+    the attention of the pooler's query, averaged over its heads.
     """
     pooling = getattr(model.config, "pooling", "token")
     seen: list[torch.Tensor] = []
@@ -116,17 +115,17 @@ def visit_attention_gradients(
     class_index: int | Sequence[int],
     visit: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Show `visit` each block's attention and the gradient of a class's logit by it, from the last block to the first.
+    """Call `visit` with each block's attention and the gradient of a class's logit by it, last block first.
 
-    Only the input of each block is kept (L x N x D); a block is computed again when its turn comes.
+    Only the input of each block is kept (L x N x D); each block is recomputed for its gradient.
 
     Args:
-        class_index: The class, one for all pictures or one each.
+        class_index: The class, one for all images or one each.
         visit: Called with the block's number, the probabilities (B, K, N, N) and their gradients. With
             `pooling="map"` the pooler comes first, as block number L with (B, K, 1, N).
 
     Raises:
-        ValueError: if the model has no classes, or not so many.
+        ValueError: If the model has no such class.
     """
     blocks = [module for module, _ in _recorded_modules(model, "hidden_states")]
     attentions = _recorded_modules(model, "attentions")
@@ -151,7 +150,7 @@ def visit_attention_gradients(
 
 
 def class_logits(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, classes) of a plain run; those of every token (`pooling="none"`) are averaged.
+    """Return the logits (B, classes) of a forward pass; those of every token (`pooling="none"`) are averaged.
 
     Raises:
         ValueError: if the model returns none.
@@ -198,18 +197,18 @@ def _run_keeping_inputs(
 
 
 def _pick(logits: torch.Tensor, class_index: int | Sequence[int]) -> torch.Tensor:
-    """(B,): the logit of the class of each picture."""
+    """(B,): the logit of the class of each image."""
     indices = [class_index] * len(logits) if isinstance(class_index, int) else list(class_index)
     if len(indices) != len(logits) or not all(0 <= index < logits.shape[1] for index in indices):
         raise ValueError(
-            f"class_index is {class_index}: expected a number from 0 to {logits.shape[1] - 1}, or one for each of "
-            f"{len(logits)} pictures"
+            f"class_index is {class_index}: expected an index from 0 to {logits.shape[1] - 1}, or one for each of "
+            f"{len(logits)} images"
         )
     return logits[range(len(indices)), indices]
 
 
-def _share(model: PreTrainedModel, tokens: TokenGrid, pictures: int) -> torch.Tensor:
-    weights = torch.zeros(pictures, tokens.num_tokens, device=model.device)
+def _share(model: PreTrainedModel, tokens: TokenGrid, images: int) -> torch.Tensor:
+    weights = torch.zeros(images, tokens.num_tokens, device=model.device)
     if getattr(model.config, "pooling", "token") == "token":
         weights[:, 0] = 1
     else:
@@ -247,7 +246,7 @@ def _probe(model: PreTrainedModel) -> nn.Module:
 
 @contextlib.contextmanager
 def _watched(module: nn.Module, index: int, take: Callable[[torch.Tensor], None]) -> Generator[None]:
-    """Ask `module` for its attention, give that to `take`, and let nobody else keep it."""
+    """Request the attention of `module`, pass it to `take`, and remove it from the output."""
 
     def ask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs | {"output_attentions": True}
@@ -304,7 +303,7 @@ def _evaluating(model: PreTrainedModel) -> Generator[None]:
 
 @contextlib.contextmanager
 def _eager(model: PreTrainedModel) -> Generator[None]:
-    """Attention written out, so that the probabilities lie between the picture and the logits."""
+    """Use eager attention, so that the probabilities are part of the graph from the image to the logits."""
     backend = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

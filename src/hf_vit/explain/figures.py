@@ -1,10 +1,11 @@
-"""Pictures of explanations, as the paper draws them. Each function returns a matplotlib Figure; nothing is shown.
+"""Figures of explanations, as the paper draws them. Each function returns a matplotlib Figure; nothing is shown.
 
 Shapes: h and w patches in a column and a row, L blocks, K heads.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hf_vit.explain.picture import Explanation
+from hf_vit.explain.explanation import Explanation
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+UNIFORM_SCALE = (0.25, 16.0)  # multiples of uniform attention, fixed so that maps can be compared
 _CELL = 96  # pixels of a drawn map's longer side, at least
 
 
-def picture_of(pixel_values: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Image.Image:
-    """Return the picture (1, C, H, W) or (C, H, W) as the model sees it, in RGB."""
+def image_of(pixel_values: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Image.Image:
+    """Return the image (1, C, H, W) or (C, H, W) as the model sees it, in RGB."""
     pixels = pixel_values.reshape(-1, *pixel_values.shape[-2:]).float().cpu()  # (C, H, W)
     scale, shift = (torch.tensor(values).expand(len(pixels))[:, None, None] for values in (std, mean))
     pixels = ((pixels * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -33,15 +35,15 @@ def picture_of(pixel_values: torch.Tensor, mean: tuple[float, ...], std: tuple[f
 
 
 def draw_overview(explanation: Explanation, image: Image.Image) -> Figure:
-    """Draw the picture, its rollout and patch colours, and below what each class rests on, both ways.
+    """Draw the image, its rollout and patch colours, and below what each class rests on, both ways.
 
     Args:
-        image: What the model saw, such as `picture_of` returns.
+        image: What the model saw, such as `image_of` returns.
     """
     rows = [
         [
-            ("picture", _pixels(image, explanation)),
-            ("attention rollout", _heated(image, explanation, explanation.rollout_map)),
+            ("image", _pixels(image, explanation)),
+            ("attention rollout, own scale", _heated(image, explanation, _own_scale(explanation.rollout_map))),
             ("patch tokens, PCA as colours", _resized(explanation.colors.permute(2, 0, 1), image, explanation)),
         ]
     ]
@@ -51,14 +53,17 @@ def draw_overview(explanation: Explanation, image: Image.Image) -> Figure:
         ("occlusion", [found.occlusion for found in explanation.classes]),
     ):
         shown = [(name, values.clamp(min=0)) for name, values in zip(names, maps, strict=True) if values is not None]
-        rows.append([(f"{name}\n{title}", _heated(image, explanation, values)) for name, values in shown])
+        rows.append([(f"{name}\n{title}", _heated(image, explanation, _own_scale(values))) for name, values in shown])
     return _tiles([row for row in rows if row])
 
 
 def draw_heads(explanation: Explanation, image: Image.Image) -> Figure:
-    """Draw what is pooled looks at, a row for each block and a column for each head; each map to its own maximum."""
-    maps = explanation.tokens.to_map(explanation.pooled_attention)  # (L, K, h, w)
-    lit = [[_heated(image, explanation, head, side=_CELL // 2) for head in block] for block in maps]
+    """Draw the attention of what is pooled, a row for each block and a column for each head.
+
+    All maps have one scale, in multiples of uniform attention.
+    """
+    maps = explanation.tokens.to_map(explanation.pooled_attention) * explanation.tokens.num_tokens  # (L, K, h, w)
+    lit = [[_heated(image, explanation, times_uniform(head), side=_CELL // 2) for head in block] for block in maps]
     gap = 3
     montage = torch.cat([torch.cat([_framed(tile, gap) for tile in row], dim=1) for row in lit])
     blocks, heads = maps.shape[:2]
@@ -68,6 +73,7 @@ def draw_heads(explanation: Explanation, image: Image.Image) -> Figure:
     axes.set_xticks([(i + 0.5) * width for i in range(heads)], [str(i + 1) for i in range(heads)])
     axes.set_yticks([(i + 0.5) * height for i in range(blocks)], [str(i + 1) for i in range(blocks)])
     axes.set(xlabel="head", ylabel="block")
+    _uniform_scale(figure, axes)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -105,14 +111,21 @@ def draw_positions(similarity: torch.Tensor) -> Figure:
     return figure
 
 
-def draw_distances(distances: torch.Tensor) -> Figure:
-    """Draw the mean attention distance (L, K) of each head in each block, sorted in its block as in the paper."""
+def draw_distances(distances: torch.Tensor, *, uniform: float | None = None) -> Figure:
+    """Draw the mean attention distance (L, K) of each head in each block, sorted in its block as in the paper.
+
+    Args:
+        uniform: Distance of uniform attention (`uniform_distance`), drawn as a line to compare with.
+    """
     figure, axes = _figure(5, 3.4)
     blocks = range(1, len(distances) + 1)
     for heads in distances.sort(dim=1).values.T:
         axes.scatter(blocks, heads.tolist(), s=22, alpha=0.8)
     axes.set(xlabel="block", ylabel="mean attention distance (pixels)")
-    axes.set_ylim(0, 1.08 * float(distances.max()))
+    if uniform is not None:
+        axes.axhline(uniform, linestyle="--", color="0.4", linewidth=1, label="uniform attention")
+        axes.legend(fontsize=8)
+    axes.set_ylim(0, 1.08 * max(float(distances.max()), uniform or 0.0))
     axes.set_xticks(list(blocks) if len(distances) <= 16 else list(blocks)[:: len(distances) // 12])
     axes.set_title("How far each head looks", fontsize=10)
     axes.grid(alpha=0.3)
@@ -147,7 +160,7 @@ def _tiles(rows: list[list[tuple[str, torch.Tensor]]]) -> Figure:
 
 
 def _pixels(image: Image.Image, explanation: Explanation, side: int = 2 * _CELL) -> torch.Tensor:
-    """The part of the picture that fills patches, (height, width, 3) in 0...1, its longer side near `side`."""
+    """The part of the image that fills patches, (height, width, 3) in 0...1, its longer side near `side`."""
     (h, w), (down, across) = explanation.tokens.size, explanation.tokens.patch
     image = image.crop((0, 0, min(w * across, image.width), min(h * down, image.height)))
     scale = side / max(image.size)
@@ -164,14 +177,33 @@ def _resized(
 
 
 def _heated(image: Image.Image, explanation: Explanation, values: torch.Tensor, side: int = 2 * _CELL) -> torch.Tensor:
-    """The picture under a map that is bright where it is largest."""
+    """Return the image under a map of 0...1; a cell of the map has one colour, since it holds one value."""
     from matplotlib import colormaps
 
     pixels = _pixels(image, explanation, side)
-    heat = values.float() / values.max().clamp(min=torch.finfo(torch.float32).tiny)
-    heat = F.interpolate(heat[None, None], size=pixels.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    heat = F.interpolate(values.float()[None, None], size=pixels.shape[:2], mode="nearest-exact")[0, 0]
     colors = torch.as_tensor(colormaps["inferno"](heat.numpy())[..., :3], dtype=torch.float32)
     return torch.lerp(pixels, colors, 0.45 + 0.4 * heat[..., None])
+
+
+def times_uniform(multiples: torch.Tensor) -> torch.Tensor:
+    """Return multiples of uniform attention on the fixed logarithmic scale of all maps, 0...1 for 1/4 to 16."""
+    low, high = UNIFORM_SCALE
+    return (multiples.clamp(min=low) / low).log() / math.log(high / low)
+
+
+def _uniform_scale(figure: Figure, axes: Axes) -> None:
+    """Draw the colour bar of `times_uniform`."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    scale = ScalarMappable(LogNorm(*UNIFORM_SCALE), "inferno")
+    figure.colorbar(scale, ax=axes, label="attention, times uniform", ticks=[0.25, 1, 4, 16], format="%g", shrink=0.8)
+
+
+def _own_scale(values: torch.Tensor) -> torch.Tensor:
+    """Return a map divided by its maximum."""
+    return values.float() / values.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _framed(tile: torch.Tensor, gap: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""From attention probabilities and tokens to maps over a picture: pure functions.
+"""Maps over an image from attention probabilities and tokens, as pure functions.
 
-Shapes: B pictures, K heads, N tokens (prefix tokens, then h*w patches row by row), D width of a token.
+Shapes: B images, K heads, N tokens (prefix tokens, then h*w patches row by row), D width of a token.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ def roll_out(rollout: torch.Tensor | None, attention: torch.Tensor) -> torch.Ten
         attention: (B, K, N, N).
 
     Returns:
-        (B, N, N) float32; row i says how much each token of the first block has given to token i; rows sum to one.
+        (B, N, N) float32; row i is the share of each token of the first block in token i; rows sum to one.
 
     Source: the paper's appendix D.7, after "Quantifying Attention Flow in Transformers" (arXiv:2005.00928).
     """
@@ -33,21 +33,21 @@ def attention_rollout(attentions: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the rollout (B, N, N) over all blocks, first block first; see `roll_out`.
 
     Raises:
-        ValueError: if there is no block.
+        ValueError: If there is no block.
     """
     rollout = None
     for attention in attentions:
         rollout = roll_out(rollout, attention)
     if rollout is None:
-        raise ValueError("no attentions: ask the model for them with output_attentions=True")
+        raise ValueError("no attentions: call the model with output_attentions=True")
     return rollout
 
 
 def attention_distance(attention: torch.Tensor, tokens: TokenGrid) -> torch.Tensor:
-    """Return how far each head looks, (B, K) in pixels of the picture: the mean distance from a patch to what it sees.
+    """Return the mean distance in pixels between a patch and the patches it attends to, (B, K).
 
     Distances are between the centres of patches, weighted by the attention among patches (prefix tokens are left out,
-    the rest is made to sum to one) and averaged over the patches that look. It is the paper's figure 7, right.
+    the rest is normalised) and averaged over the query patches. Source: the paper's figure 7, right.
     """
     rows = torch.arange(tokens.size[0], device=attention.device).float() * tokens.patch[0]
     columns = torch.arange(tokens.size[1], device=attention.device).float() * tokens.patch[1]
@@ -59,10 +59,16 @@ def attention_distance(attention: torch.Tensor, tokens: TokenGrid) -> torch.Tens
     return seen.mean(dim=-1)
 
 
+def uniform_distance(tokens: TokenGrid) -> float:
+    """Return the attention distance of uniform attention, in pixels: the baseline of `attention_distance`."""
+    attention = torch.full((1, 1, tokens.num_tokens, tokens.num_tokens), 1 / tokens.num_tokens)
+    return float(attention_distance(attention, tokens))
+
+
 def principal_components(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the first `count` principal directions (count, D) of (n, D), and the share of variance of each.
 
-    The largest entry of each direction is positive. Directions that are not there (fewer rows, or alike) are zero.
+    The largest entry of each direction is positive. Directions beyond the rank are zero.
     """
     centred = rows.detach().float().cpu() - rows.detach().float().cpu().mean(dim=0)
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -80,10 +86,10 @@ def principal_components(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, 
 def token_colors(hidden_states: torch.Tensor, tokens: TokenGrid) -> torch.Tensor:
     """Return the patches as colours, (h, w, 3) in 0...1: their first three principal components as red, green, blue.
 
-    Patches of like colour are alike to the model.
+    Patches of similar colour have similar tokens.
 
     Args:
-        hidden_states: (N, D) of one picture.
+        hidden_states: (N, D) of one image.
     """
     patches = hidden_states[tokens.num_prefix_tokens :].float().cpu()  # (h*w, D)
     directions, _ = principal_components(patches, 3)
@@ -92,7 +98,7 @@ def token_colors(hidden_states: torch.Tensor, tokens: TokenGrid) -> torch.Tensor
 
 
 def stretch(values: torch.Tensor, *, dim: int | tuple[int, ...] | None = None) -> torch.Tensor:
-    """Return the values moved and scaled to 0...1 (over `dim`, or over all); zeros where they are all the same."""
+    """Return the values shifted and scaled to 0...1 (over `dim`, or over all); zeros where they are all equal."""
     over = tuple(range(values.ndim)) if dim is None else dim
     low, high = values.amin(dim=over, keepdim=True), values.amax(dim=over, keepdim=True)
     span = high - low
@@ -102,8 +108,8 @@ def stretch(values: torch.Tensor, *, dim: int | tuple[int, ...] | None = None) -
 def join_patches(attention: torch.Tensor, tokens: TokenGrid, join: int) -> tuple[torch.Tensor, TokenGrid]:
     """Return the attention (K, M, M) among squares of `join` x `join` patches, and their grid; prefix tokens stay.
 
-    What a square looks at is the mean over its patches, what it is given is their sum: rows still sum to one. Squares
-    at the right and at the bottom may hold fewer patches.
+    The attention of a square is the mean over its patches, the attention to it their sum: rows still sum to one.
+    Squares at the right and at the bottom may hold fewer patches.
     """
     rows, columns = (-(-side // join) for side in tokens.size)
     joined = TokenGrid((rows, columns), (tokens.patch[0] * join, tokens.patch[1] * join), tokens.num_prefix_tokens)

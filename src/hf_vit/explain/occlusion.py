@@ -1,22 +1,13 @@
-"""Occlusion sensitivity: hide a part of the picture, and see what a class loses. It asks no attention for anything.
+"""Occlusion sensitivity: the loss of a class when a part of the image is hidden, measured without attention.
 
 Shapes: C channels, H and W pixels, rows and columns of window positions.
 """
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from transformers.modeling_utils import PreTrainedModel
 
+from hf_vit.evaluation.outputs import log_probabilities
 from hf_vit.explain.attentions import class_logits
-
-
-def log_probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the logarithm of each class's probability (B, classes), sigmoid for multi-label heads, else softmax."""
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        return F.logsigmoid(logits.float())
-    return logits.float().log_softmax(dim=-1)
 
 
 def occlusion_sensitivity(
@@ -29,25 +20,25 @@ def occlusion_sensitivity(
     fill: float | None = None,
     batch_size: int = 16,
 ) -> torch.Tensor:
-    """Return how much the logarithm of a class's probability falls while a window hides a part of the picture.
+    """Return the decrease of the logarithm of a class's probability when a window hides a part of the image.
 
     Args:
         pixel_values: (1, C, H, W), normalised as the image processor does.
-        window, stride: (height, width) in pixels. The last row and column of windows end with the picture.
-        fill: What hides, in units of `pixel_values`; by default each channel's median over the picture. Something
-            brighter or darker than its surroundings would be an object itself: a gray square on the black of
+        window, stride: (height, width) in pixels. The last row and column of windows end with the image.
+        fill: Value of the hidden pixels, in units of `pixel_values`; by default each channel's median over the image.
+            A window brighter or darker than its surroundings is an object itself: a gray square on the black of
             handwritten digits moves their classes more than a hidden stroke does.
 
     Returns:
         (rows, columns); positive where the class needs what was hidden.
 
     Raises:
-        ValueError: if the window is larger than the picture, or a stride is below 1.
+        ValueError: if the window is larger than the image, or a stride is below 1.
     """
     height, width = pixel_values.shape[2:]
     if not (1 <= window[0] <= height and 1 <= window[1] <= width and min(stride) >= 1):
         raise ValueError(
-            f"window is {window} with stride {stride}: expected a window inside the picture of {height}x{width} "
+            f"window is {window} with stride {stride}: expected a window inside the image of {height}x{width} "
             "pixels and strides of 1 or more"
         )
     tops, lefts = _starts(height, window[0], stride[0]), _starts(width, window[1], stride[1])
@@ -58,8 +49,8 @@ def occlusion_sensitivity(
     for start in range(0, len(places), batch_size):
         batch = places[start : start + batch_size]
         hidden = pixel_values.repeat(len(batch), 1, 1, 1)
-        for picture, (top, left) in zip(hidden, batch, strict=True):
-            picture[:, top : top + window[0], left : left + window[1]] = color[:, None, None]
+        for image, (top, left) in zip(hidden, batch, strict=True):
+            image[:, top : top + window[0], left : left + window[1]] = color[:, None, None]
         drops.append(whole - log_probabilities(class_logits(model, hidden), model.config)[:, class_index])
     return torch.cat(drops).reshape(len(tops), len(lefts)).cpu()
 

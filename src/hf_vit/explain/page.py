@@ -1,12 +1,13 @@
-"""One self-contained HTML page where a person looks around in a model's attention.
+"""A self-contained HTML page for exploring a model's attention.
 
-Nothing in it is fetched: data, style and script are in the file, and its content security policy forbids the rest.
-Attention is a byte a number: q = 255 sqrt(p / p_max) for each row, with p_max beside it, deflated and in base64.
+It makes no request: data, style and script are in the file, and its content security policy forbids others.
+Attention is stored as one byte per value, q = 255 sqrt(p / p_max) for each row, with p_max, deflated and in base64.
 
 Shapes: L blocks, K heads, N tokens, h and w patches in a column and a row.
 """
 
 import base64
+import copy
 import io
 import json
 import math
@@ -19,36 +20,37 @@ from PIL import Image
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_vit.explain.attentions import TokenGrid
-from hf_vit.explain.maps import join_patches, joining_matrix
-from hf_vit.explain.picture import Explanation, explain
+from hf_vit.explain.explanation import Explanation, explain
+from hf_vit.explain.maps import join_patches, joining_matrix, uniform_distance
 from hf_vit.explain.weights import patch_filters, position_similarity
 
 
 class AttentionPage:
-    """A page that grows by a picture at a time.
+    """A page on which images are explained, one after the other.
 
     Args:
         model: The model to explain.
         name: What the page calls it.
-        num_pictures: How many pictures will be added.
-        max_bytes: The most bytes of attention, before they are deflated. Where the pictures would need more, squares
-            of patches are joined for the page until they fit.
+        num_images: Number of images that will be added, random twins included.
+        max_bytes: Largest size of the attention, before compression. Larger attention is reduced by joining squares
+            of patches.
     """
 
-    def __init__(self, model: PreTrainedModel, *, name: str, num_pictures: int = 1, max_bytes: int = 64 * 2**20):
+    def __init__(self, model: PreTrainedModel, *, name: str, num_images: int = 1, max_bytes: int = 64 * 2**20):
         self.model = model
         self.name = name
-        self.bytes_per_block = max_bytes // num_pictures // max(model.config.num_hidden_layers, 1)
-        self.pictures: list[dict[str, Any]] = []
+        self.bytes_per_block = max_bytes // num_images // max(model.config.num_hidden_layers, 1)
+        self.images: list[dict[str, Any]] = []
         self.attentions: list[list[str]] = []
         self.distances: list[torch.Tensor] = []
+        self.uniform_distances: list[float] = []
 
     def add(self, name: str, image: Image.Image, pixel_values: torch.Tensor, **options: Any) -> Explanation:
-        """Explain a picture and put it on the page.
+        """Explain an image and put it on the page.
 
         Args:
-            name: What the page calls the picture.
-            image: What the model sees, as a picture of the same size as `pixel_values` (1, C, H, W).
+            name: What the page calls the image.
+            image: What the model sees, as an image of the same size as `pixel_values` (1, C, H, W).
             options: Of `explain`.
         """
         config, size = self.model.config, (pixel_values.shape[2], pixel_values.shape[3])
@@ -65,12 +67,33 @@ class AttentionPage:
         explanation = explain(self.model, pixel_values, visit=pack, **options)
         self.attentions.append(packed)
         self.distances.append(explanation.distances)
-        self.pictures.append(_describe(name, image, explanation, join))
+        self.uniform_distances.append(uniform_distance(explanation.tokens))
+        self.images.append(_describe(name, image, explanation, join))
         return explanation
 
+    def add_random_twin(self, name: str, image: Image.Image, pixel_values: torch.Tensor) -> Explanation:
+        """Put the image on the page once more, as the same network with random weights sees it, without classes.
+
+        A map that this network shows as well is not evidence of what the trained one has learned.
+        """
+        trained, distances = self.model, (list(self.distances), list(self.uniform_distances))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            twin: Any = type(trained)(copy.deepcopy(trained.config)).to(trained.device, trained.dtype).eval()
+        self.model = twin
+        try:
+            return self.add(f"{name}, random weights", image, pixel_values, num_classes=0, occlusion_steps=0)
+        finally:
+            self.model = trained
+            self.distances, self.uniform_distances = distances  # figures of the trained model alone
+
     def mean_distances(self) -> torch.Tensor:
-        """Return the mean attention distance over the pictures, (L, K) in pixels."""
+        """Return the mean attention distance over the images, (L, K) in pixels."""
         return torch.stack(self.distances).mean(dim=0)
+
+    def uniform_distance(self) -> float:
+        """Return the attention distance of uniform attention over the same images, in pixels."""
+        return sum(self.uniform_distances) / len(self.uniform_distances)
 
     def html(self) -> str:
         """Return the page."""
@@ -79,16 +102,17 @@ class AttentionPage:
         data = {
             "model": self.name,
             "pooling": getattr(self.model.config, "pooling", "token"),
-            "pictures": self.pictures,
+            "images": self.images,
             "distances": self.mean_distances().tolist(),
+            "uniform_distance": self.uniform_distance(),
             "filters": _png(_filter_sheet(filters)),
             "positions": None
             if positions is None
             else {"grid": list(positions.shape[:2]), "values": _bytes((positions + 1) / 2)},
         }
         blocks = "\n".join(
-            f'<script type="text/plain" id="attention-{picture}-{layer}">{packed}</script>'
-            for picture, layers in enumerate(self.attentions)
+            f'<script type="text/plain" id="attention-{image}-{layer}">{packed}</script>'
+            for image, layers in enumerate(self.attentions)
             for layer, packed in enumerate(layers)
         )
         text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
@@ -96,7 +120,7 @@ class AttentionPage:
         return template.replace("{{attention}}", blocks).replace("{{data}}", text)
 
     def _joining(self, tokens: TokenGrid, heads: int) -> int:
-        """The smallest squares of patches whose attention fits the budget of a block."""
+        """Return the side in patches of the smallest squares whose attention fits the budget of a block."""
         join = 1
         while join < max(tokens.size):
             squares = math.prod(-(-side // join) for side in tokens.size) + tokens.num_prefix_tokens
@@ -159,7 +183,7 @@ def _map(values: torch.Tensor) -> dict[str, Any]:
 
 
 def _bytes(values: torch.Tensor) -> str:
-    """Base64 of 0...1 as a byte each."""
+    """Return values of 0...1 as one byte each, in base64."""
     return _base64((values.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy().tobytes())
 
 
@@ -174,7 +198,7 @@ def _png(image: Image.Image) -> str:
 
 
 def _filter_sheet(filters: torch.Tensor) -> Image.Image:
-    """The filters (count, C, height, width), seven a row, a transparent pixel between them."""
+    """Return the filters (count, C, height, width) as an image, seven per row, one transparent pixel apart."""
     colors = filters if filters.shape[1] == 3 else filters.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     height, width = filters.shape[2:]
     sheet = Image.new("RGBA", (7 * (width + 1) - 1, -(-len(filters) // 7) * (height + 1) - 1))

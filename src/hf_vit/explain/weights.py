@@ -1,4 +1,4 @@
-"""What a model has learned before it sees a picture: the filters of its patches and the likeness of its positions."""
+"""Learned weights that need no image: the patch filters and the similarity of position embeddings."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from hf_vit.position_embeddings import sincos2d_position_embeddings
 
 
 def patch_filters(model: PreTrainedModel, count: int = 28) -> torch.Tensor:
-    """Return the first principal components (count, C, height, width) of the filters that see the picture itself.
+    """Return the first principal components (count, C, height, width) of the filters that see the image itself.
 
     These are the patch embedding's, or with a ResNet stem those of its first convolution, standardised as it uses
     them. Each is scaled so that its largest entry is 1. It is the paper's figure 7, left.
 
     Raises:
-        ValueError: if no convolution takes the picture.
+        ValueError: if no convolution takes the image.
     """
     channels = getattr(model.config, "num_channels", 3)
     takes = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == channels)

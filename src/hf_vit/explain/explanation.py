@@ -1,17 +1,17 @@
-"""All that is asked of one picture and one model, in one object: `explain`.
+"""The explanation of one image by one model: attention, rollout, distances and the evidence for its classes.
 
 Shapes: L blocks, K heads, N tokens, h and w patches in a column and a row.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from hf_vit.evaluation.outputs import label_of, log_probabilities
 from hf_vit.explain.attentions import (
     TokenGrid,
     logits_of,
@@ -20,19 +20,19 @@ from hf_vit.explain.attentions import (
     visit_attentions,
 )
 from hf_vit.explain.maps import attention_distance, rank_correlation, roll_out, token_colors
-from hf_vit.explain.occlusion import log_probabilities, occlusion_sensitivity
+from hf_vit.explain.occlusion import occlusion_sensitivity
 
 
 @dataclass(frozen=True)
 class ClassMap:
-    """What one class rests on.
+    """The evidence for one class.
 
     Args:
         index: The class.
         label: Its name.
         probability: What the model gives it.
         relevance: (h, w) gradient-weighted attention; zero where a patch speaks against it or not at all.
-        occlusion: (rows, columns) from `occlusion_sensitivity`; None if it was not asked for.
+        occlusion: (rows, columns) from `occlusion_sensitivity`; None if it was not requested.
     """
 
     index: int
@@ -43,7 +43,7 @@ class ClassMap:
 
     @property
     def agreement(self) -> float | None:
-        """The rank correlation of the two maps, -1...1: they share nothing but the model."""
+        """Rank correlation of the two maps, -1...1, which are computed independently; None without occlusion."""
         if self.occlusion is None:
             return None
         rows, columns = self.occlusion.shape
@@ -53,17 +53,17 @@ class ClassMap:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a model did with one picture; every tensor is on the CPU.
+    """Everything that `explain` computes for one image; all tensors are on the CPU.
 
     Args:
         tokens: Where the tokens come from.
         logits: (classes,) of this run; None for a model without classes.
         rollout: (N, N) attention rollout over all blocks.
         pooling: (N,) what each token gives to the representation; sums to one.
-        pooled_attention: (L, K, N) what the pooled token (or tokens) looks at in each block and head.
+        pooled_attention: (L, K, N) attention of the pooled token (or tokens) in each block and head.
         distances: (L, K) mean attention distance in pixels.
         colors: (h, w, 3) the patches' last tokens as colours, 0...1.
-        classes: The most probable classes, first first.
+        classes: The most probable classes, best first.
     """
 
     tokens: TokenGrid
@@ -89,19 +89,19 @@ def explain(
     occlusion_steps: int = 12,
     visit: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Explanation:
-    """Explain what `model` does with one picture.
+    """Return the explanation of one image.
 
     Args:
         pixel_values: (1, C, H, W), any size that holds a patch, normalised as the image processor does.
-        num_classes: How many of the most probable classes are explained.
-        occlusion_steps: The most window positions along a side; 0 for no occlusion.
-        visit: Shown each block's number and attention (K, N, N) as the run goes by.
+        num_classes: Number of most probable classes that are explained.
+        occlusion_steps: Largest number of window positions along a side; 0 disables occlusion.
+        visit: Called with each block's index and attention (K, N, N) during the run.
 
     Raises:
-        ValueError: if there is not exactly one picture, or the model cannot say where its attentions are.
+        ValueError: If there is not exactly one image, or the model does not declare where its attentions are.
     """
     if pixel_values.ndim != 4 or len(pixel_values) != 1:
-        raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}: expected one picture, (1, C, H, W)")
+        raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}: expected one image, (1, C, H, W)")
     pooling = pooling_weights(model, pixel_values)[0]
     image_size = (pixel_values.shape[2], pixel_values.shape[3])
     tokens = TokenGrid.of(model.config, image_size, len(pooling))
@@ -140,9 +140,9 @@ def explain(
 def class_relevance(model: PreTrainedModel, pixel_values: torch.Tensor, class_index: int) -> torch.Tensor:
     """Return the gradient-weighted attention (B, N) for a class: what each token contributes to its logit.
 
-    In each block the attention is multiplied by the gradient of the logit, what is negative is dropped, heads are
-    averaged, and this is followed down from what is pooled, past the residual connections: r + r A. What is pooled
-    does not count for itself.
+    In each block the attention is multiplied by the gradient of the logit, negative values are dropped, heads are
+    averaged, and the result is propagated from the pooled token down through the residual connections: r + r A. The
+    contribution of the pooled token to itself is removed.
 
     Raises:
         ValueError: if the model has no such class.
@@ -190,16 +190,10 @@ def _class_maps(
 
 
 def _window(tokens: TokenGrid, steps: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """A window of whole patches and its stride, the same on both sides in patches: at most `steps` along a side."""
+    """Return the size and stride in pixels of an occlusion window of full patches, at most `steps` along a side."""
     stride = -(-max(tokens.size) // steps)
     window = min(2 * stride if stride > 1 or min(tokens.size) > 6 else 1, *tokens.size)
     return (
         (window * tokens.patch[0], window * tokens.patch[1]),
         (stride * tokens.patch[0], stride * tokens.patch[1]),
     )
-
-
-def label_of(config: Any, index: int) -> str:
-    """Return the name of a class; its number where the model has no names."""
-    name = (config.id2label or {}).get(index, str(index))
-    return str(index) if name == f"LABEL_{index}" else name
