@@ -116,7 +116,7 @@ def test_transformers_gets_the_processor_of_its_protocol(tmp_path):
 def test_a_protocol_that_the_library_lacks_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         export_transformers(build(), tmp_path / "out")
-    assert "otherwise than the protocol 'vit_jax'" in caplog.text
+    assert "does not resize as the protocol 'vit_jax'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from hf_vit.checkpoints.from_torch import TIMM_ACTIVATIONS, TIMM_NUMERICS, TIMM_
 from hf_vit.checkpoints.layouts import group_by_theirs, torch_rules
 from hf_vit.configuration_hf_vit import HfViTConfig
 from hf_vit.files.atomic import atomic_file, atomic_folder
+from hf_vit.files.output import owned_files
 from hf_vit.files.safetensors_writer import PlannedTensor, write_safetensors
 from hf_vit.image_processing_hf_vit import HfViTImageProcessor
 from hf_vit.modeling_hf_vit import (
@@ -65,8 +66,8 @@ def export_transformers(
     """Write a folder that transformers' own ViT opens to the model's outputs, with its image processor.
 
     Args:
-        folder: Replaced as a whole, or left as it was.
-        processor: What makes the model's pictures; by default the reference's protocol. transformers resizes as the
+        folder: A model in it is replaced as one; other files stay.
+        processor: Makes the model's input images; by default the reference's protocol. transformers resizes as the
             protocol `"transformers"` does: another one is put as nearly as it can, with a warning.
 
     Raises:
@@ -96,7 +97,7 @@ def export_transformers(
     stock.pooler_output_size = config.representation_size or config.hidden_size
     stock.architectures, stock.dtype = [name], model.dtype
     prefix = "" if name == "ViTModel" else "vit."
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, owned=owned_files(folder)) as temporary:
         write_safetensors(temporary, _entries(model, "transformers_v4", prefix))
         stock.save_pretrained(temporary)
         _stock_processor(processor or HfViTImageProcessor.for_model(config)).save_pretrained(temporary)
@@ -108,8 +109,8 @@ def export_timm(
     """Write a folder that timm opens (`timm.create_model("local-dir:FOLDER", pretrained=True)`) to the model's logits.
 
     Args:
-        folder: Replaced as a whole, or left as it was.
-        processor: What makes the model's pictures; by default the reference's protocol. timm resizes as the protocol
+        folder: A model in it is replaced as one; other files stay.
+        processor: Makes the model's input images; by default the reference's protocol. timm resizes as the protocol
             `"timm"` does: another one is put as nearly as it can, with a warning.
 
     Raises:
@@ -136,14 +137,14 @@ def export_timm(
             + ", so load the model with these to accept its results": bool(others),
         },
     )
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, owned=owned_files(folder)) as temporary:
         write_safetensors(temporary, _entries(model, "timm", ""))
         fields = _timm_config(config, classes, processor or HfViTImageProcessor.for_model(config))
         (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def export_onnx(model: HfViTPreTrainedModel, path: str | Path) -> None:
-    """Write an ONNX file `path` for pictures of the model's `image_size` in batches of any size.
+    """Write an ONNX file `path` for images of the model's `image_size` in batches of any size.
 
     It takes `pixel_values` and gives `logits` (of a model without a head `last_hidden_state` and `pooler_output`, of
     masked image modelling `reconstruction`).
@@ -171,7 +172,7 @@ def export_onnx(model: HfViTPreTrainedModel, path: str | Path) -> None:
 
 
 def export_program(model: HfViTPreTrainedModel, path: str | Path) -> None:
-    """Write a `.pt2` file for `torch.export.load`: pictures of the model's `image_size` in batches of any size.
+    """Write a `.pt2` file for `torch.export.load`: images of the model's `image_size` in batches of any size.
 
     The program takes `pixel_values` and gives a tuple of the outputs that `export_onnx` names.
 
@@ -187,7 +188,7 @@ def export_program(model: HfViTPreTrainedModel, path: str | Path) -> None:
 
 
 class _Frozen(nn.Module):
-    """A model as a function of pictures alone, which gives a tuple of named outputs."""
+    """A model as a function of images alone that returns a tuple of named outputs."""
 
     def __init__(self, model: HfViTPreTrainedModel, outputs: tuple[str, ...]):
         super().__init__()
@@ -201,7 +202,7 @@ class _Frozen(nn.Module):
 
 @contextlib.contextmanager
 def _frozen(model: HfViTPreTrainedModel, outputs: tuple[str, ...]) -> Generator[tuple[nn.Module, torch.Tensor]]:
-    """The model in evaluation mode, as an exporter wants it, and two pictures for it; its mode is put back after."""
+    """Yield the model in evaluation mode and two example images; restore its mode afterwards."""
     config, was_training = model.config, model.training
     size = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
     example = torch.zeros(2, config.num_channels, *size, dtype=model.dtype, device=model.device)
@@ -341,7 +342,7 @@ def _stock_processor(processor: HfViTImageProcessor) -> ViTImageProcessor:
 def _warn_of_protocol(processor: HfViTImageProcessor, library: str) -> None:
     if processor.protocol != library:
         logger.warning(
-            "%s resizes pictures otherwise than the protocol %r: its pixels differ by up to 0.5 of a range of -1...1, "
+            "%s does not resize as the protocol %r does: its pixels differ by up to 0.5 of a range of -1...1, "
             "which costs some accuracy; its model gives equal logits for equal pixels",
             library,
             processor.protocol,
