@@ -3,8 +3,8 @@
 python examples/finetune_accelerate.py --model_name_or_path ViT-B_16.npz --dataset path/to/folder --output_dir out
 accelerate launch --config_file examples/accelerate_configs/ddp_gpus.yaml examples/finetune_accelerate.py ...
 
-The loop stands in `train` and the step in `training_step`; what is around them (log, evaluation, checkpoints, signals)
-is `TrainingRun`.
+The loop is in `train` and the step in `training_step`; the log, evaluations, checkpoints and signals are the work of
+`TrainingRun`.
 """
 
 import contextlib
@@ -16,16 +16,34 @@ import torch
 from accelerate import Accelerator
 from transformers import set_seed
 
-from hf_vit.data.augmentation import AugmentedStream
-from hf_vit.evaluation.prediction import evaluate
-from hf_vit.training.arguments import HfViTTrainingArguments
-from hf_vit.training.assembly import build_optimizer, build_scheduler, evaluation_loader, steps_of, training_loader
-from hf_vit.training.finetuning import FineTuning, finish, parse_arguments, prepare, wants_recipes
-from hf_vit.training.interruption import TrainingInterrupted
-from hf_vit.training.loop import TrainingRun
-from hf_vit.training.losses import DIVERGED, classification_loss
-from hf_vit.training.optimizers import clip_by_global_norm_
-from hf_vit.training.recipes import format_recipes
+from hf_vit import cli
+from hf_vit.data import AugmentedStream
+from hf_vit.evaluation import evaluate
+from hf_vit.training import (
+    FineTuning,
+    HfViTTrainingArguments,
+    JsonLog,
+    TimeEstimate,
+    TrainingInterrupted,
+    TrainingRun,
+    build_optimizer,
+    build_scheduler,
+    checkpoint_activations,
+    classification_loss,
+    clip_by_global_norm_,
+    count_steps,
+    describe_plan,
+    effective_settings,
+    evaluation_loader,
+    finish,
+    format_recipes,
+    format_settings,
+    largest_plausible_loss,
+    parse_arguments,
+    prepare,
+    training_loader,
+    wants_recipes,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -33,10 +51,16 @@ def main(argv: list[str]) -> int:
         print(format_recipes())
         return 0
     arguments = parse_arguments(argv, description=(__doc__ or "").splitlines()[0])
+    if arguments[1].print_config:
+        print(format_settings(effective_settings(*arguments)), end="")
+        return 0
     args = arguments[-1]
     set_seed(args.seed)
     task = prepare(*arguments)
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else None)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None  # None: the launcher's
+    accelerator = Accelerator(mixed_precision=precision, cpu=args.use_cpu)
+    if accelerator.is_main_process:
+        print(describe_plan(task, args))
     try:
         run, results = train(task, args, accelerator)
     except TrainingInterrupted as interruption:
@@ -53,17 +77,20 @@ def main(argv: list[str]) -> int:
 def train(
     task: FineTuning, args: HfViTTrainingArguments, accelerator: Accelerator
 ) -> tuple[TrainingRun, dict[str, float]]:
-    """Train `task.model`; return the run, whose model has the final weights, and its figures on the held-out part."""
-    loader: Any = training_loader(task.train, args, task.collator)
-    is_stream = isinstance(task.train, AugmentedStream)  # that is this process's own part already
+    """Train `task.model`; return the run, whose model has the final weights, and its metrics on the test part."""
+    loader: Any = training_loader(task.train, args, task.collator, task.sampler)
+    is_stream = isinstance(task.train, AugmentedStream)  # this process's own part already
     loader = loader if is_stream else accelerator.prepare(loader)
-    held_out: Any = accelerator.prepare(evaluation_loader(task.test, args))
-    if args.gradient_checkpointing:
-        task.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    selection: Any = accelerator.prepare(evaluation_loader(task.selection, args))
+    test: Any = selection if task.validation is None else accelerator.prepare(evaluation_loader(task.test, args))
+    checkpoint_activations(task.model, args)
     optimizer: Any = build_optimizer(task.model, args)
     model, optimizer = accelerator.prepare(task.model, optimizer)
-    total_steps, steps_per_epoch = steps_of(args, None if is_stream else len(loader))
+    total_steps, steps_per_epoch = count_steps(args, None if is_stream else len(loader))
     scheduler = build_scheduler(optimizer, args, total_steps=total_steps)
+
+    def measure(held_out: Any) -> dict[str, float]:
+        return evaluate(model, held_out, accelerator, show_progress=not args.disable_tqdm)
 
     run = TrainingRun(
         accelerator,
@@ -74,25 +101,30 @@ def train(
         processor=task.processor,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        evaluate=lambda: evaluate(model, held_out, accelerator, show_progress=not args.disable_tqdm),
+        evaluate=lambda: measure(selection),
+        settings=task.settings,
+        callbacks=[JsonLog(), TimeEstimate()],
     )
     with run:
         run.resume(args.resume_from_checkpoint)
         model.train()
         for batches in run.steps(loader):
-            loss, grad_norm = training_step(model, batches, run)
+            loss, grad_norm = training_step(model, batches, run, task, optimizer)
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
-            scheduler.step()
+            if not accelerator.optimizer_step_was_skipped:
+                scheduler.step()
             optimizer.zero_grad()
             run.complete_step(loss, grad_norm, learning_rate)
-    return run, run.evaluate()
+    return run, run.log_results(measure(test))
 
 
-def training_step(model: Any, batches: list[dict[str, torch.Tensor]], run: TrainingRun) -> tuple[Any, torch.Tensor]:
+def training_step(
+    model: Any, batches: list[dict[str, torch.Tensor]], run: TrainingRun, task: FineTuning, optimizer: Any
+) -> tuple[Any, torch.Tensor]:
     """Forward and backward over the batches that are accumulated, and clipping; the gradients are left for the step.
 
-    The loss is the mean over the pictures of all batches and processes: processes average their gradients, so each
+    The loss is the mean over the images of all batches and processes: processes average their gradients, so each
     multiplies its part by their number.
     """
     accelerator, args = run.accelerator, run.args
@@ -103,15 +135,23 @@ def training_step(model: Any, batches: list[dict[str, torch.Tensor]], run: Train
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             logits = model(pixel_values=batch["pixel_values"]).logits
             loss = classification_loss(
-                logits, batch["labels"], label_smoothing=args.label_smoothing_factor, num_samples=share
+                logits,
+                batch["labels"],
+                problem_type=task.problem_type,
+                label_smoothing=args.label_smoothing_factor,
+                class_weights=task.class_weights,
+                num_samples=share,
             )
-            run.require_finite("the loss", loss, logits, most=DIVERGED)
+            most = largest_plausible_loss(task.problem_type, logits.shape[-1])
+            run.require_finite("the loss", loss, logits, most=most)
             accelerator.backward(loss)
         total += loss.detach()
+    accelerator.unscale_gradients(optimizer)  # of float16
     grad_norm = clip_by_global_norm_(model.parameters(), args.max_grad_norm or math.inf)
-    run.require_finite("the norm of the gradients", grad_norm)
+    if accelerator.scaler is None:  # a scaler skips overflows by itself
+        run.require_finite("the norm of the gradients", grad_norm)
     return total, grad_norm
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(cli.run(main))

@@ -7,9 +7,19 @@ import sys
 
 from transformers import set_seed
 
-from hf_vit.training.finetuning import finish, make_trainer, parse_arguments, prepare, wants_recipes
-from hf_vit.training.interruption import TrainingInterrupted
-from hf_vit.training.recipes import format_recipes
+from hf_vit import cli
+from hf_vit.training import (
+    TrainingInterrupted,
+    describe_plan,
+    effective_settings,
+    finish,
+    format_recipes,
+    format_settings,
+    make_trainer,
+    parse_arguments,
+    prepare,
+    wants_recipes,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -17,16 +27,21 @@ def main(argv: list[str]) -> int:
         print(format_recipes())
         return 0
     arguments = parse_arguments(argv, description=(__doc__ or "").splitlines()[0])
+    if arguments[1].print_config:
+        print(format_settings(effective_settings(*arguments)), end="")
+        return 0
     args = arguments[-1]
     set_seed(args.seed)
     task = prepare(*arguments)
     trainer = make_trainer(task, args)
+    if trainer.is_world_process_zero():
+        print(describe_plan(task, args))
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except TrainingInterrupted as interruption:
         print(f"{interruption}; continue with --resume_from_checkpoint last", file=sys.stderr)
         return interruption.exit_status
-    results = trainer.evaluate()
+    results = trainer.evaluate(task.test)
     history = trainer.state.log_history
     done = finish(trainer.model, task=task, results=results, history=history, arguments=arguments)
     if done:
@@ -35,4 +50,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(cli.run(main))

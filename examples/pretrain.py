@@ -1,122 +1,132 @@
-"""Train a Vision Transformer from nothing: supervised, or by reconstructing hidden patches (SimMIM, arXiv:2111.09886).
+"""Train a Vision Transformer from random weights: supervised, or by reconstructing hidden patches (SimMIM).
 
 python examples/pretrain.py --preset ViT-S_16 --dataset path/to/folder --objective simmim --output_dir out
 python examples/finetune_trainer.py --model_name_or_path out --dataset path/to/folder --output_dir tuned
 
-The recipe is `scratch` unless another is named; every flag of the fine-tuning scripts is one of this.
+The recipe is `scratch` unless another is given; the flags of the fine-tuning scripts work here too. SimMIM is the
+method of arXiv:2111.09886.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from transformers import HfArgumentParser, set_seed
+import torch
+from transformers import set_seed
 
-from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTForMaskedImageModeling, HfViTImageProcessor
-from hf_vit.data.augmentation import MaskingCollator
-from hf_vit.training.finetuning import (
+from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTForMaskedImageModeling, cli
+from hf_vit.data import MaskingCollator
+from hf_vit.training import (
     FineTuning,
-    card_settings,
-    export,
+    HfViTTrainer,
+    MaskedImageTrainer,
+    ModelArguments,
+    TrainingInterrupted,
+    describe_plan,
+    effective_settings,
     finish,
+    format_recipes,
+    format_settings,
     make_trainer,
     parse_arguments,
     prepare,
+    wants_recipes,
 )
-from hf_vit.training.interruption import TrainingInterrupted
-from hf_vit.training.trainer import HfViTTrainer, MaskedImageTrainer
 
 
 SIMMIM_BLOCK = 32  # pixels
+SIGMOID_BIAS = -10.0  # init_head_bias of big_vision's ImageNet-21k configs: every class begins as improbable
 
 
 @dataclass
-class PretrainArguments:
-    """The network to begin with, and what it is to learn."""
+class PretrainArguments(ModelArguments):
+    """The network to start from, and what it learns."""
 
-    output_dir: str = field(metadata={"help": "Where the network, checkpoints and the finished model are put."})
+    model_name_or_path: str = field(default="", init=False)
     preset: str = field(default="ViT-S_16", metadata={"help": "A named model of the papers, or a config.json."})
-    image_size: int | None = field(default=None, metadata={"help": "Pixels; the preset's own if not given."})
     objective: str = field(
-        default="supervised", metadata={"help": "What is learnt.", "choices": ["supervised", "simmim"]}
+        default="supervised",
+        metadata={
+            "help": "Softmax or sigmoid cross-entropy of labels, or reconstruction of hidden patches.",
+            "choices": ["supervised", "sigmoid", "simmim"],
+        },
     )
     mask_ratio: float = field(default=0.6, metadata={"help": "Share of the patches that SimMIM hides."})
-    seed: int = field(default=42, metadata={"help": "Of the first weights and of all that is drawn."})
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = HfArgumentParser(cast(Any, PretrainArguments), description=(__doc__ or "").splitlines()[0])
-    parsed: Any = parser.parse_args_into_dataclasses(
-        list(argv), look_for_args_file=False, return_remaining_strings=True
-    )
-    own, rest = parsed[0], parsed[-1]
-    start = write_network(own)
-    shared = [f"--model_name_or_path={start}", f"--output_dir={own.output_dir}", f"--seed={own.seed}", *rest]
-    if not any(flag.startswith("--recipe") for flag in rest):
-        shared.insert(0, "--recipe=scratch")
-    arguments = parse_arguments(shared, description="")
-    args = arguments[-1]
+    if wants_recipes(argv):
+        print(format_recipes())
+        return 0
+    description = (__doc__ or "").splitlines()[0]
+    arguments = parse_arguments(argv, description, model_arguments=PretrainArguments, recipe="scratch")
+    own, data_args, args = arguments
+    if own.objective == "sigmoid" and data_args.problem_type is None:
+        data_args.problem_type = "multi_label_classification"
+    if data_args.print_config:
+        print(format_settings(effective_settings(*arguments)), end="")
+        return 0
     set_seed(args.seed)
-    task = prepare(*arguments)
-    trainer = make_trainer(task, args) if own.objective == "supervised" else make_simmim(task, args, own)
+    task = prepare(*arguments, model=lambda names: make_network(own, names, args.seed, data_args.problem_type))
+    if own.objective == "simmim":
+        task = dataclasses.replace(task, model=make_masked_model(task, args.seed), class_weights=None, sampler=None)
+    trainer = make_simmim(task, args, own) if own.objective == "simmim" else make_trainer(task, args)
+    if trainer.is_world_process_zero():
+        print(describe_plan(task, args))
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except TrainingInterrupted as interruption:
         print(f"{interruption}; continue with --resume_from_checkpoint last", file=sys.stderr)
         return interruption.exit_status
-    results, history = trainer.evaluate(), trainer.state.log_history
-    if own.objective == "supervised":
-        done = finish(trainer.model, task=task, results=results, history=history, arguments=arguments)
-    else:
-        settings = pretraining_settings(arguments, own)
-        folder = export(trainer.model, args.output_dir, task=task, results=results, settings=settings, history=history)
-        done = f"loss {results['eval_loss']:.4f} on hidden patches of held-out pictures; the model is in {folder}"
-    if trainer.is_world_process_zero():
+    results, history = trainer.evaluate(task.test), trainer.state.log_history
+    more = {"fine-tuned from": f"random weights of {Path(own.preset).name}", "objective": own.objective}
+    more |= {"mask_ratio": own.mask_ratio} if own.objective == "simmim" else {}
+    done = finish(trainer.model, task=task, results=results, history=history, arguments=arguments, settings=more)
+    if done:
         print(done)
     return 0
 
 
-def write_network(own: PretrainArguments) -> Path:
-    """Put a network with random weights into `OUTPUT_DIR/initial`, from where the fine-tuning code takes it."""
-    fields = {} if own.image_size is None else {"image_size": own.image_size}
-    is_file = Path(own.preset).is_file()
-    config = HfViTConfig.from_json_file(own.preset) if is_file else HfViTConfig.from_preset(own.preset, **fields)
-    if is_file and own.image_size is not None:
-        config.image_size = own.image_size
-    set_seed(own.seed)
-    folder = Path(own.output_dir) / "initial"
-    HfViTForImageClassification(config).save_pretrained(folder)
-    HfViTImageProcessor.for_model(config).save_pretrained(folder)
-    return folder
+def make_network(
+    own: PretrainArguments, class_names: Sequence[str], seed: int, problem_type: str | None
+) -> HfViTForImageClassification:
+    """Return a classifier of these classes with random weights."""
+    fields: dict[str, Any] = {"id2label": dict(enumerate(class_names)), "drop_path_rate": own.drop_path_rate}
+    fields["label2id"] = {name: index for index, name in enumerate(class_names)}
+    fields |= {} if own.image_size is None else {"image_size": own.image_size}
+    fields |= {} if own.hidden_dropout_prob is None else {"hidden_dropout_prob": own.hidden_dropout_prob}
+    fields |= {} if problem_type is None else {"problem_type": problem_type}
+    if Path(own.preset).is_file():
+        config = HfViTConfig.from_pretrained(own.preset, **fields)
+    else:
+        config = HfViTConfig.from_preset(own.preset, **fields)
+    set_seed(seed)
+    model: Any = HfViTForImageClassification(config)
+    if own.objective == "sigmoid":
+        torch.nn.init.constant_(model.classifier.bias, SIGMOID_BIAS)
+    return model
+
+
+def make_masked_model(task: FineTuning, seed: int) -> HfViTForMaskedImageModeling:
+    """Return a model of the same size that reconstructs hidden patches."""
+    set_seed(seed)
+    return HfViTForMaskedImageModeling(task.model.config)
 
 
 def make_simmim(task: FineTuning, args: Any, own: PretrainArguments) -> HfViTTrainer:
-    """Return the trainer that hides patches of the task's pictures and has them reconstructed; labels are not used."""
-    set_seed(own.seed)
-    model = HfViTForMaskedImageModeling(task.model.config)
-    patch = model.patch_pixels[0]
-    grid = model.config.grid_size
+    """Return the trainer that hides patches of the task's images and reconstructs them; labels are not used."""
+    patch = task.model.config.decoder_patch_size[0]
+    grid = task.model.config.grid_size
     block = max(SIMMIM_BLOCK // patch, 1)
-    block = block if min(grid) // block > 3 and not (grid[0] % block or grid[1] % block) else 1  # of small pictures
+    block = block if min(grid) // block > 3 and not (grid[0] % block or grid[1] % block) else 1  # of small images
     collator = MaskingCollator(grid, block, own.mask_ratio, seed=args.seed)
-    return MaskedImageTrainer(
-        model=model,
-        args=args,
-        train_dataset=task.train,
-        eval_dataset=task.test,
-        processing_class=task.processor,
-        data_collator=collator,
+    return make_trainer(
+        dataclasses.replace(task, collator=collator), args, trainer_class=MaskedImageTrainer, measures=False
     )
 
 
-def pretraining_settings(arguments: Any, own: PretrainArguments) -> dict[str, Any]:
-    """Return what the model card says of the training."""
-    settings = card_settings(*arguments) | {"objective": "SimMIM", "mask ratio": own.mask_ratio}
-    unused = ("mixup_alpha", "cutmix_alpha", "label_smoothing_factor")
-    return {name: value for name, value in settings.items() if name not in unused}
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(cli.run(main))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from example_scripts import load_example
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.data.augmentation import Augment, AugmentedImages, MixingCollator, collate_images
@@ -89,6 +89,7 @@ class PlainLoop:
         self.example = load_example("finetune_accelerate")
         self.training_step = self.example.training_step
         self.example.training_step = lambda *args: self.training_step(*args)
+        self.example.JsonLog = TrainerCallback  # a folder of checkpoints alone
         self.example.TrainingRun = self._make_run
 
     def _make_run(self, *args: Any, **kwargs: Any) -> TrainingRun:

@@ -17,7 +17,7 @@ from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.training.checkpointing import verify_checkpoint
 
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 SCRIPTS = {"trainer": "finetune_trainer", "accelerate": "finetune_accelerate"}
 TOLERANCE = 1e-5  # sums of another order; measured: 3e-7 for losses, 2e-7 for weights, 1e-5 of 2 for norms
 NOISE = "attn.key.bias"  # cancels in the softmax: its gradient is rounding, which AdamW scales up to whole steps
@@ -95,7 +95,7 @@ def run_by_two(cases: list[dict], folder: Path) -> None:
     file.write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(TESTS / "parallel_cases.py"), str(file)]
+    command = [*launcher, str(SUPPORT / "parallel_cases.py"), str(file)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-5000:]
 
@@ -179,7 +179,7 @@ def test_processes_sharding_and_accumulation_do_not_change_a_training(root):
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_stream_and_evaluate_every_picture_once(root, tmp_path):
+def test_two_processes_share_a_stream_and_evaluate_every_image_once(root, tmp_path):
     """Each of the 40 pictures is one process's in an epoch, and an epoch is 5 steps of 2 x 4 pictures."""
     cases = [
         case(root, f"streamed-{script}", *SETTINGS["adamw"], "--streaming=true", "--shuffle_buffer=8", per_device=4)

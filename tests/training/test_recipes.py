@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults
-from hf_vit.training.loop import refuse_ignored_arguments
-from hf_vit.training.recipes import RECIPES, Recipe, dataset_key, find_recipe, format_recipes
+from hf_vit import HfViTConfig
+from hf_vit.training.arguments import HfViTTrainingArguments, recipe_defaults, refuse_trainer_only
+from hf_vit.training.recipes import RECIPES, Recipe, dataset_key, find_recipe, format_recipes, model_settings
 
 
 ABOUT = {"summary", "source", "expected", "datasets"}
@@ -16,7 +16,7 @@ OF_THE_MODEL = {"image_size", "hidden_dropout_prob", "drop_path_rate", "trainabl
 @pytest.mark.parametrize(
     ("dataset", "steps", "warmup", "rate"),
     [
-        ("cifar10", 10_000, 500, 0.01),
+        ("cifar10", 10_000, 500, 0.03),
         ("cifar100", 10_000, 500, 0.03),
         ("imagenet", 20_000, 500, 0.03),
         ("pets", 500, 100, 0.03),
@@ -49,6 +49,7 @@ def test_augreg_is_the_paper_in_500_steps():
     assert {name: value for name, value in augreg.items() if paper[name] != value} == {
         "max_steps": 500,
         "warmup_steps": 100,
+        "hidden_dropout_prob": 0.0,
     }
 
 
@@ -88,7 +89,7 @@ def test_a_large_total_batch_is_accumulated(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"total_batch_size": 100}, "total_batch_size is 100, but one pass takes 8 pictures"),
+        ({"total_batch_size": 100}, "total_batch_size is 100, but one pass takes 8 images"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"layer_decay": 0.0}, "layer_decay is 0.0"),
         ({"crop_scale": 0.0}, "crop_scale is 0.0"),
@@ -127,17 +128,43 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "ignored", [{"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, {"fsdp": True}]
+    "ignored",
+    [
+        {"eval_on_start": True, "eval_strategy": "epoch"},
+        {"fsdp": True},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+    ],
 )
 def test_the_plain_loop_refuses_what_it_would_not_do(ignored, tmp_path):
     name = next(iter(ignored))
     args = HfViTTrainingArguments(str(tmp_path), use_cpu=True, **ignored)
     with pytest.raises(ValueError, match=f"does not follow {name}"):
-        refuse_ignored_arguments(args)
+        refuse_trainer_only(args)
 
 
 def test_the_plain_loop_takes_what_every_recipe_sets(tmp_path):
     for recipe in RECIPES.values():
         settings = {key: value for key, value in recipe_defaults(recipe).items() if key not in OF_THE_MODEL}
+        settings |= {"early_stopping_patience": 2, "gradient_checkpointing": True, "dataloader_drop_last": True}
         settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "report_to": "none", "bf16": False}
-        refuse_ignored_arguments(HfViTTrainingArguments(str(tmp_path), use_cpu=True, **settings))
+        refuse_trainer_only(HfViTTrainingArguments(str(tmp_path), use_cpu=True, **settings))
+
+
+@pytest.mark.parametrize(
+    ("preset", "dataset", "expected"),
+    [
+        ("ViT-B_16", "uoft-cs/cifar10", {"learning_rate": 0.01}),
+        ("ViT-B_32", "cifar10", {}),
+        ("ViT-B_16", "cifar100", {}),
+        ("ViT-L_16", "cifar10", {"hidden_dropout_prob": 0.1}),
+        ("ViT-L_32", "cifar10", {}),
+        ("ViT-H_14", "imagenet", {"hidden_dropout_prob": 0.1}),
+        ("R50+ViT-B_16", "imagenet", {"hidden_dropout_prob": 0.1}),
+    ],
+)
+def test_the_paper_recipe_sets_for_a_model_what_the_reference_sets_for_it(preset, dataset, expected):
+    """Source: vit_jax/configs/vit.py and models.py at c6de1e5."""
+    config = HfViTConfig.from_preset(preset)
+    assert model_settings("paper", dataset, config) == expected
+    assert config.hidden_dropout_prob == expected.get("hidden_dropout_prob", 0.0)
+    assert model_settings("augreg", dataset, config) == {}

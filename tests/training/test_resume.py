@@ -27,6 +27,7 @@ from hf_vit import HfViTImageProcessor
 from hf_vit.data.augmentation import Augment, AugmentedImages
 from hf_vit.files.errors import CheckpointError
 from hf_vit.training.checkpointing import (
+    Checkpointer,
     checkpoints_of,
     load_weights,
     newest_complete_checkpoint,
@@ -240,7 +241,7 @@ def test_a_pickle_with_a_manifest_that_fits_runs_no_code(name, tmp_path, monkeyp
     spoil(tmp_path / "out" / "checkpoint-2" / name, "pickle")
     write_manifest(tmp_path / "out" / "checkpoint-2")
     with pytest.raises((CheckpointError, UnpicklingError), match=r"Weights only load failed|cannot be read"):
-        make_trainer(tmp_path / "out").train(resume_from_checkpoint="last")
+        make_trainer(tmp_path / "out", allow_changed_arguments=True).train(resume_from_checkpoint="last")
     assert not (tmp_path / "ran").exists()
 
 
@@ -251,7 +252,7 @@ def test_resuming_with_nothing_complete_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="got 1 damaged"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
     shutil.rmtree(tmp_path / "checkpoint-2")
-    with pytest.raises(CheckpointError, match="got none at all"):
+    with pytest.raises(CheckpointError, match="got none"):
         make_trainer(tmp_path).train(resume_from_checkpoint="last")
 
 
@@ -280,7 +281,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_no_stray(tmp_path, monkey
         if trainer.state.global_step == 4:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "_save_rng_state", disk_full)
+    monkeypatch.setattr(Checkpointer, "_save_optimizer", disk_full)
     with pytest.raises(OSError, match=r"bytes free, .* nothing was changed, make room"):
         trainer.train()
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"]

@@ -1,6 +1,5 @@
 """The trainer's own: signals, non-finite numbers, workers that die, one training per folder, losses and averages."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.data.augmentation import AugmentedImages
 from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint
 from hf_vit.training.ema import ExponentialMovingAverage
-from hf_vit.training.interruption import TrainingInterrupted, WorkerDeaths
+from hf_vit.training.interruption import TrainingInterrupted
 from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
 
 
@@ -88,7 +87,7 @@ SCRIPT = """
 def start_training(tmp_path: Path, make: Any, *, pause: float, **settings: Any) -> subprocess.Popen:
     """A training in a process group of its own, past its second step."""
     script = tmp_path / "train.py"
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1] / "support")
     script.write_text(
         textwrap.dedent(SCRIPT).format(
             tests=tests, make=make.__name__, folder=str(tmp_path / "out"), settings=settings, pause=pause
@@ -235,78 +234,16 @@ def test_a_killed_worker_ends_training_with_its_cause_and_a_checkpoint(make, per
     def kill_the_workers() -> None:
         begin.append(time.monotonic())
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        for pid in children:
-            if _command(pid) == _command("self"):  # forked, and not one of multiprocessing's own helpers
-                os.kill(int(pid), signal.SIGKILL)
+        own = _command("self")
+        workers = [int(pid) for pid in children if _command(pid) == own]  # not multiprocessing's own helpers
+        for pid in workers:  # torch raises from here on
+            os.kill(pid, signal.SIGKILL)
 
     at_step(trainer, 4, kill_the_workers)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* what was trained is saved in .*checkpoint-\d+"):
         trainer.train()
     figure("seconds from kill to error", time.monotonic() - begin[0], at_most=5.0)
     newest_complete_checkpoint(tmp_path)
-
-
-def test_a_workers_death_after_the_training_failed_does_not_cover_its_error():
-    def raise_as_torch_does(number: int, frame: Any) -> None:
-        raise RuntimeError("DataLoader worker is killed")
-
-    previous = signal.signal(signal.SIGCHLD, raise_as_torch_does)
-    try:
-        deaths = WorkerDeaths()
-        with pytest.raises(ValueError, match="saved"), deaths, deaths.raised_here():
-            raise ValueError("everything is saved")
-        signal.raise_signal(signal.SIGCHLD)  # noted, not raised
-        with pytest.raises(RuntimeError, match="is killed"), WorkerDeaths() as later, later.raised_here():
-            signal.raise_signal(signal.SIGCHLD)
-        with WorkerDeaths() as later, later.raised_here():
-            pass
-        assert signal.getsignal(signal.SIGCHLD) is raise_as_torch_does
-    finally:
-        signal.signal(signal.SIGCHLD, previous)
-
-
-def test_the_death_of_an_earlier_trainings_worker_is_none_of_the_next_ones():
-    def raise_as_torch_does(number: int, frame: Any) -> None:
-        raise RuntimeError(f"DataLoader worker (pid {dying[-1].pid}) is killed by signal: Killed.")
-
-    previous = signal.signal(signal.SIGCHLD, raise_as_torch_does)
-    dying = []
-    try:
-        for _ in range(2):
-            dying.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True))
-            dying[-1].start()
-            with WorkerDeaths() as deaths:
-                for _ in range(2):
-                    with deaths.raised_here():
-                        signal.raise_signal(signal.SIGCHLD)
-                    signal.raise_signal(signal.SIGCHLD)
-        with WorkerDeaths() as deaths:
-            dying.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True))
-            dying[-1].start()
-            with pytest.raises(RuntimeError, match="is killed"), deaths.raised_here():
-                signal.raise_signal(signal.SIGCHLD)
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for process in dying:
-            process.kill()
-            process.join()
-        signal.signal(signal.SIGCHLD, previous)
-
-
-def test_a_workers_death_in_the_first_step_waits_for_the_next_fetch():
-    def raise_as_torch_does(number: int, frame: Any) -> None:
-        raise RuntimeError("DataLoader worker is killed")
-
-    previous = signal.getsignal(signal.SIGCHLD)
-    try:
-        with WorkerDeaths() as deaths:
-            with deaths.raised_here():
-                signal.signal(signal.SIGCHLD, raise_as_torch_does)  # as the first workers start
-            signal.raise_signal(signal.SIGCHLD)  # in the step
-            with pytest.raises(RuntimeError, match="is killed"), deaths.raised_here():
-                pass
-    finally:
-        signal.signal(signal.SIGCHLD, previous)
 
 
 def _command(pid: str) -> str:
@@ -363,12 +300,8 @@ def test_two_halves_accumulated_are_one_batch(mixup_alpha, tmp_path):
             per_device_train_batch_size=4 // accumulation,
             gradient_accumulation_steps=accumulation,
             mixup_alpha=mixup_alpha,
+            is_random=False,
         )
-        for module in trainer.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "rate"):
-                module.rate = 0.0
         trainer.train()
         losses[accumulation] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tolerance = 1e-5 if mixup_alpha == 0 else 0.5

@@ -1,4 +1,4 @@
-"""How a training went, as a picture: loss, held-out accuracy, learning rate."""
+"""Training curves: loss, held-out accuracy, learning rate, norm of the gradients."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ _PANELS = (
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draws what a training has logged against its steps; panels of which nothing was logged are left out.
+    """Draw the log of a training against its steps; panels without entries are left out.
 
     Args:
-        history: Trainer's log: entries with `step` and some of `loss`, `eval_loss`, `eval_accuracy`, ...
+        history: Trainer's log, entries with `step` and some of `loss`, `eval_loss`, `eval_accuracy`, ...
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""A moving average of a model's weights, kept beside it."""
+"""A moving average of a model's weights."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import nn
 class ExponentialMovingAverage:
     """The average of the trainable weights: average <- d * average + (1 - d) * weights, after every step.
 
-    d is the smaller of `decay` and (1 + step) / (10 + step), so that the first steps soon count for nothing.
+    d is the smaller of `decay` and (1 + step) / (10 + step), so that the first steps soon have no weight.
 
     Args:
-        decay: in (0, 1).
+        decay: In (0, 1).
     Source: TensorFlow, tf.train.ExponentialMovingAverage with num_updates.
     """
 
@@ -24,14 +24,14 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights as they are after optimizer step number `step`, counted from 1."""
+        """Include the weights as they are after optimizer step number `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.averages.items():
             average.lerp_(self._weights[name], 1 - decay)
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Puts the averages into the model and the model's weights where they were."""
+        """Exchange the averages and the model's weights."""
         for name, average in self.averages.items():
             weight = self._weights[name]
             kept = weight.detach().clone()
@@ -40,7 +40,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def in_model(self) -> Generator[None]:
-        """Evaluates with the averages: they are the model's weights inside, and leave it after."""
+        """Yield with the averages as the model's weights; exchange them back afterwards."""
         self.exchange()
         try:
             yield

@@ -1,12 +1,10 @@
-"""Being told to stop: signals that end training at a step's end, and loader workers that die or outlive them."""
+"""Signals that end training at the end of a step, and loader workers that die or do not answer."""
 
-import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -15,11 +13,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingInterrupted(RuntimeError):  # noqa: N818
-    """Training was told to stop and did so at the end of a step, with everything saved.
+    """Training was stopped by a signal, with everything saved.
 
     Args:
-        signal_number: what told it.
-        checkpoint: folder to resume from, whole; None if there was no step to save.
+        signal_number: The signal that was received.
+        checkpoint: Complete folder to resume from; None if no step was made.
     """
 
     def __init__(self, signal_number: int, checkpoint: str | None):
@@ -30,19 +28,20 @@ class TrainingInterrupted(RuntimeError):  # noqa: N818
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as of a process that the signal killed: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 + the signal number, as of a process that the signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signal_number
 
 
 class StopSignals:
     """A context in which the first SIGINT or SIGTERM is noted in `received` and the second ends the process at once.
 
-    Outside the main thread, where Python takes no signals, it notes nothing.
+    The first is acknowledged on standard error. Outside the main thread, where Python receives no signals, the
+    context does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -51,16 +50,19 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # ty: ignore[invalid-argument-type]
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+        name = signal.Signals(number).name
+        message = f"\n{name} received: saving at the end of this step; send it again to end at once\n"
+        os.write(2, message.encode())  # a print could interrupt another print
 
     def agreed(self, device: torch.device) -> int | None:
-        """Returns the signal that any process of the group has received, the same on all of them."""
+        """Return the signal that any process of the group has received, the same on all of them."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.received
         number = torch.tensor(self.received or 0, device=device)
@@ -69,83 +71,28 @@ class StopSignals:
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Makes a loader worker ignore Ctrl-C, which its whole process group gets; the trainer ends it by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Make a loader worker ignore Ctrl-C, which its whole process group receives, and end quietly on SIGTERM.
 
-
-class WorkerDeaths:
-    """A context in which a loader worker's death is noticed while a batch is fetched, never in the middle of a step.
-
-    torch raises from a handler of SIGCHLD, wherever the main thread is: in the middle of an optimizer step, too, after
-    which half of the parameters have moved; or after training, where the late death of a second worker would take the
-    place of the error that says where everything is saved. So torch's handler comes back where training has ended
-    well; after an error the deaths are only noted, until the next training.
+    A worker that SIGTERM kills makes torch raise wherever the main process is; one that exits with status 0 does not.
     """
-
-    def __init__(self) -> None:
-        self._raise_if_dead: Callable | None = None
-        self._is_fetching = False
-        self._is_pending = False
-        self._earlier: list[int] = []
-
-    def __enter__(self) -> "WorkerDeaths":
-        # of a training that failed in this process, perhaps, and still dying; those that have died are reaped here
-        self._earlier = [process.pid for process in multiprocessing.active_children() if process.pid]
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._raise_if_dead is not None:
-            signal.signal(signal.SIGCHLD, self._raise_if_dead)
-
-    @contextmanager
-    def raised_here(self) -> Generator[None]:
-        """Raises inside if a worker dies, or has died since the last time."""
-        self._stand_before_torch()
-        self._is_fetching = True
-        try:
-            if self._is_pending:
-                self._is_pending = False
-                self._raise_if_own(signal.SIGCHLD, None)
-            yield
-        finally:
-            self._is_fetching = False
-            self._stand_before_torch()
-
-    def _stand_before_torch(self) -> None:
-        """Takes the place of the handler that torch installs with the first workers, once it is there."""
-        handler = signal.getsignal(signal.SIGCHLD)
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and callable(handler) and handler != self._note:
-            earlier = getattr(handler, "__self__", None)
-            self._raise_if_dead = earlier._raise_if_dead if isinstance(earlier, WorkerDeaths) else handler
-            signal.signal(signal.SIGCHLD, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._is_fetching:
-            self._raise_if_own(number, frame)
-        else:
-            self._is_pending = True
-
-    def _raise_if_own(self, number: int, frame: FrameType | None) -> None:
-        """Raises as torch does, but for the death of a worker that was there before this training."""
-        try:
-            if self._raise_if_dead is not None:
-                self._raise_if_dead(number, frame)
-        except RuntimeError as error:
-            if not any(f"(pid {pid})" in str(error) for pid in self._earlier):
-                raise
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
-def describe_worker_failure(error: BaseException, saved: str | None, *, timeout: float) -> str | None:
-    """Says what became of a DataLoader worker and where the training is saved; None for an error of another kind.
+def is_worker_failure(error: BaseException) -> bool:
+    """Return whether an error comes from a DataLoader worker that died or did not answer in time."""
+    gone = isinstance(error, (ConnectionError, EOFError))  # it died while a batch was being handed over
+    return gone or (isinstance(error, RuntimeError) and "DataLoader" in str(error))
+
+
+def describe_worker_failure(error: BaseException, saved: str | None, *, timeout: float) -> str:
+    """Return a message about a worker's failure that says where the training is saved.
 
     Args:
-        saved: the checkpoint written since, if any step was made.
-        timeout: seconds that a worker may take for a batch.
+        saved: The checkpoint to resume from, if there is one.
+        timeout: Seconds that a worker may take for a batch.
     """
-    gone = isinstance(error, (ConnectionError, EOFError))  # it died while a batch was being handed over
-    if not gone and "DataLoader" not in str(error):
-        return None
+    gone = isinstance(error, (ConnectionError, EOFError))
     what = f"DataLoader worker is gone: {error!r}" if gone else str(error)
     where = f"what was trained is saved in {saved}" if saved else "no step was made yet"
     return f"{what} (dataloader_timeout is {timeout:g} s); {where}"

@@ -1,63 +1,59 @@
-"""What surrounds the steps of a plain Accelerate loop, as HfViTTrainer has it: the loop itself stays in sight.
+"""A run of an Accelerate loop: its log, evaluations and checkpoints, as HfViTTrainer has them.
 
     with TrainingRun(accelerator, args, ...) as run:
         run.resume("last")
         for batches in run.steps(loader):       # the batches of one optimizer step
             ...                                 # forward, backward, clip, step: the caller's
-            run.complete_step(loss, grad_norm)  # average, log, evaluate, save, leave if told to
+            run.complete_step(loss, grad_norm)  # average, log, evaluate, save, stop on a signal
 
-A checkpoint of a run is one of HfViTTrainer, file by file: either goes on from the other's.
+A checkpoint of a run is one of HfViTTrainer, file by file: either continues from the other's.
 """
 
 import contextlib
-import dataclasses
-import random
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_pt_utils import AcceleratorConfig, safe_globals
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    ExportableState,
+    PrinterCallback,
+    ProgressCallback,
+)
+from transformers.trainer_utils import SaveStrategy
 
 from hf_vit.evaluation.prediction import generators_kept
-from hf_vit.files.atomic import atomic_folder, exclusive_lock
-from hf_vit.training.arguments import HfViTTrainingArguments
-from hf_vit.training.checkpointing import (
-    EMA_FILE,
-    bytes_of_checkpoint,
-    checkpoint_to_resume,
-    load_weights,
-    restore_tensors,
-    write_manifest,
-)
+from hf_vit.files.atomic import exclusive_lock
+from hf_vit.training.arguments import HfViTTrainingArguments, refuse_trainer_only
+from hf_vit.training.checkpointing import Checkpointer, checkpoint_to_resume, load_weights
 from hf_vit.training.ema import ExponentialMovingAverage
-from hf_vit.training.interruption import StopSignals, TrainingInterrupted, WorkerDeaths, describe_worker_failure
+from hf_vit.training.interruption import StopSignals, TrainingInterrupted, describe_worker_failure, is_worker_failure
+from hf_vit.training.loaders import count_images
 from hf_vit.training.losses import NonFiniteLossError, describe_failure
-from hf_vit.training.sharding import is_spread, restore_optimizer, whole
+from hf_vit.training.resuming import compare_arguments
 
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
 class TrainingRun:
-    """A training in progress: its state, its log, its checkpoints, and the way to leave it.
+    """A training in progress: its state, its log and its checkpoints.
 
     Args:
-        model, optimizer: prepared by the accelerator.
-        processor: saved into every checkpoint beside the model.
-        total_steps, steps_per_epoch: see `steps_of`.
-        evaluate: returns the figures of the model as it is; called where `args.eval_strategy` says.
+        model, optimizer: Prepared by the accelerator.
+        processor: Saved into every checkpoint beside the model.
+        total_steps, steps_per_epoch: See `count_steps`.
+        evaluate: Returns the metrics of the model as it is; called as `args.eval_strategy` says.
+        settings: What the run was started with besides `args`; compared on resuming.
     Raises:
-        ValueError: if an argument is given that a plain loop does not follow.
+        ValueError: if an argument is given that this loop does not follow.
     """
 
     def __init__(
@@ -72,56 +68,84 @@ class TrainingRun:
         total_steps: int,
         steps_per_epoch: int,
         evaluate: Callable[[], dict[str, float]],
+        settings: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Any] = (),
     ):
-        refuse_ignored_arguments(args)
+        refuse_trainer_only(args)
         self.accelerator, self.args = accelerator, args
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.own_model = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.processor = processor
-        self.steps_per_epoch = steps_per_epoch
-        self.state = TrainerState(train_batch_size=args.train_batch_size, max_steps=total_steps)
-        self.state.num_train_epochs = -(-total_steps // steps_per_epoch)
-        self.state.compute_steps(args, total_steps)
-        self.state.is_local_process_zero = accelerator.is_local_main_process
-        self.state.is_world_process_zero = accelerator.is_main_process
-        self.control = TrainerControl()
-        progress = PrinterCallback if args.disable_tqdm else ProgressCallback
-        callbacks = [DefaultFlowCallback, progress, *get_reporting_integration_callbacks(args.report_to)]
-        self.callbacks = CallbackHandler(callbacks, self.own_model, processor, optimizer, scheduler)
+        self.model, self.settings = model, settings
+        self.own_model: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.checkpoints = Checkpointer(
+            accelerator,
+            args,
+            model=self.own_model,
+            processor=processor,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            settings=settings,
+        )
         self.ema = ExponentialMovingAverage(self.own_model, args.ema_decay) if args.ema_decay else None
+        self.checkpoints.ema = self.ema
+        self.steps_per_epoch = steps_per_epoch
+        self.state, self.control = self._new_state(total_steps), TrainerControl()
+        progress = PrinterCallback if args.disable_tqdm else ProgressCallback
+        callbacks = [DefaultFlowCallback, progress, *callbacks, *get_reporting_integration_callbacks(args.report_to)]
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        self.callbacks = CallbackHandler(callbacks, self.own_model, processor, optimizer, scheduler)
         self._evaluate = evaluate
         self._resumed_from: str | None = None
-        self._last_saved_step: int | None = None
         self._loss_since_log = torch.zeros((), device=accelerator.device)
         self._last_logged_step = 0
         self._dataset: Any = None
         self._step_batches: list[dict[str, torch.Tensor]] = []
-        self._signals, self._worker_deaths = StopSignals(), WorkerDeaths()
+        self._signals = StopSignals()
         self._contexts = contextlib.ExitStack()
+
+    def _new_state(self, total_steps: int) -> TrainerState:
+        state = TrainerState(train_batch_size=self.args.train_batch_size, max_steps=total_steps)
+        state.num_train_epochs = -(-total_steps // self.steps_per_epoch)
+        state.compute_steps(self.args, total_steps)
+        state.is_local_process_zero = self.accelerator.is_local_main_process
+        state.is_world_process_zero = self.accelerator.is_main_process
+        return state
 
     def __enter__(self) -> "TrainingRun":
         if self.accelerator.is_main_process:
             self._contexts.enter_context(exclusive_lock(self.args.output_dir))
         self._contexts.enter_context(self._signals)
-        self._contexts.enter_context(self._worker_deaths)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        self._contexts.__exit__(kind, *rest)
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        with self._contexts:
+            self.checkpoints.stop_kernels()
+            if error is not None:
+                self._explain_worker_failure(error)
+                return
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self.checkpoints.restore_best(self.state)
             self.callbacks.on_train_end(self.args, self.state, self.control)
-            if self.ema is not None:
-                self.ema.exchange()  # the averages are the trained model
-                self.ema = None
+            self.checkpoints.finish()
+            self.ema = None
+
+    def _explain_worker_failure(self, error: BaseException) -> None:
+        if isinstance(error, TrainingInterrupted) or not is_worker_failure(error):
+            return
+        saved = save_after_worker_failure(self.checkpoints, self.state)
+        if self._signals.received is not None:
+            raise TrainingInterrupted(self._signals.received, saved) from error
+        raise RuntimeError(describe_worker_failure(error, saved, timeout=self.args.dataloader_timeout)) from error
 
     # -- the steps --------------------------------------------------------------------------------------------------
 
     def steps(self, loader: DataLoader) -> Generator[list[dict[str, torch.Tensor]]]:
-        """Yields the batches of each optimizer step, epoch after epoch, from where the run is to its end."""
+        """Yield the batches of each optimizer step, epoch after epoch, from the current step to the last."""
         self._dataset = loader.dataset
         self.control = self.callbacks.on_train_begin(self.args, self.state, self.control)
-        self._make_up_evaluation()
-        while self.state.global_step < self.state.max_steps:
+        self.checkpoints.start_kernels()
+        if self._resumed_from is not None and owes_evaluation(self.args, self.state):
+            self.evaluate()
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             epoch, done = divmod(self.state.global_step, self.steps_per_epoch)
             batches_done = done * self.args.gradient_accumulation_steps
             epoch_loader: Any = skip_first_batches(loader, batches_done) if batches_done else loader
@@ -129,74 +153,68 @@ class TrainingRun:
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             self.control = self.callbacks.on_epoch_begin(self.args, self.state, self.control)
-            iterator = iter(epoch_loader)
-            for _ in range(min(self.steps_per_epoch - done, self.state.max_steps - self.state.global_step)):
-                self._step_batches = self._fetch(iterator)
-                if self._resumed_from is not None:
-                    self._restore_generators(Path(self._resumed_from))
-                    self._resumed_from = None
-                yield self._step_batches
+            yield from self._epoch(iter(epoch_loader), self.steps_per_epoch - done)
             self.control = self.callbacks.on_epoch_end(self.args, self.state, self.control)
             self._evaluate_and_save()
 
+    def _epoch(self, iterator: Any, steps: int) -> Generator[list[dict[str, torch.Tensor]]]:
+        for _ in range(min(steps, self.state.max_steps - self.state.global_step)):
+            self.checkpoints.begin_step()
+            self._step_batches = self._fetch(iterator)
+            if self._resumed_from is not None:
+                self.checkpoints.restore_generators(self._resumed_from)
+                self._resumed_from = None
+            self.checkpoints.begin_step()
+            yield self._step_batches
+            if self.control.should_training_stop:
+                return
+
     def _fetch(self, iterator: Any) -> list[dict[str, torch.Tensor]]:
-        """The batches of one step; where that fails, what has been trained is saved, and the error says so."""
+        """Return the batches of one step."""
         batches: list[dict[str, torch.Tensor]] = []
-        try:
-            with self._worker_deaths.raised_here():
-                for _ in range(self.args.gradient_accumulation_steps):
-                    batch = next(iterator, None)
-                    if batch is None:
-                        break
-                    batches.append({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
-        except Exception as error:
-            saved = self._save_before_leaving()
-            if self._signals.received is not None:
-                raise TrainingInterrupted(self._signals.received, saved) from error
-            failure = describe_worker_failure(error, saved, timeout=self.args.dataloader_timeout)
-            if failure is None:
-                raise
-            raise RuntimeError(failure) from error
+        for _ in range(self.args.gradient_accumulation_steps):
+            batch = next(iterator, None)
+            if batch is None:
+                break
+            batches.append({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
         return batches
 
     def count_samples(self) -> torch.Tensor:
-        """Returns the pictures of this step over all processes."""
-        count = torch.tensor(sum(len(batch["index"]) for batch in self._step_batches), device=self.accelerator.device)
-        return self.accelerator.reduce(count, "sum")
+        """Return the number of images of this step over all processes."""
+        return count_images(self.accelerator, self._step_batches)
 
     def require_finite(
         self, what: str, value: torch.Tensor, logits: torch.Tensor | None = None, *, most: float = _LARGEST
     ) -> None:
-        """Checks a loss or the norm of the gradients before the optimizer uses it.
+        """Check a loss or the norm of the gradients before the optimizer uses it.
 
         Raises:
-            NonFiniteLossError: if it is not finite, or above `most`; the message names the pictures.
+            NonFiniteLossError: if it is not finite, or above `most`; the message names the images.
         """
         if not value <= most:  # NaN is not, either
-            problem = f"{what} is {value.item()}"
             indices = [batch["index"] for batch in self._step_batches]
             step = self.state.global_step + 1
+            problem = f"{what} is {value.item()}"
             raise NonFiniteLossError(
                 describe_failure(problem, self._dataset, step=step, indices=indices, logits=logits)
             )
 
     def complete_step(self, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
-        """Averages the weights, and logs, evaluates, saves or leaves where it is time to.
+        """Average the weights; log, evaluate and save where due; stop on a signal.
 
         Args:
-            loss: this process's share of the step's loss; the mean over the processes is the loss.
-            learning_rate: that of the step just made.
+            loss: This process's share of the step's loss; the mean over the processes is the loss.
+            learning_rate: That of the step just made.
         Raises:
-            TrainingInterrupted: if any process has been told to stop; everything is saved.
+            TrainingInterrupted: if any process has received a signal; everything is saved.
         """
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         self._loss_since_log += loss.detach()
-        if self.ema is not None:
-            self.ema.update(self.state.global_step)
+        self.checkpoints.complete_step(self.state.global_step)
         number = self._signals.agreed(self.accelerator.device)
         if number is not None:
-            raise TrainingInterrupted(number, self._save_before_leaving())
+            raise TrainingInterrupted(number, self.checkpoints.save_before_leaving(self.state))
         self.control = self.callbacks.on_step_end(self.args, self.state, self.control)
         if self.control.should_log:
             steps = self.state.global_step - self._last_logged_step
@@ -212,154 +230,108 @@ class TrainingRun:
         self.control = self.callbacks.on_log(self.args, self.state, self.control, dict(entry))
 
     def evaluate(self) -> dict[str, float]:
-        """Returns the figures of the averaged weights while there are any, else of the weights, and logs them."""
+        """Return and log the metrics of the averaged weights while there are any, else of the weights."""
         with generators_kept(), self.ema.in_model() if self.ema is not None else contextlib.nullcontext():
             results = self._evaluate()
         self._log(dict(results))
         self.control = self.callbacks.on_evaluate(self.args, self.state, self.control, results)
+        self._note_best(results)  # after early stopping has compared it with the best so far, as in Trainer
         return results
+
+    def log_results(self, results: dict[str, float]) -> dict[str, float]:
+        """Log the metrics of the finished model on the test part and return them."""
+        self._log(dict(results))
+        return results
+
+    def _note_best(self, results: Mapping[str, float]) -> None:
+        """Note whether this evaluation is the best so far, as Trainer does."""
+        name = self.args.metric_for_best_model
+        if name is None:
+            return
+        key = name if name.startswith("eval_") else f"eval_{name}"
+        if key not in results:
+            raise ValueError(f"metric_for_best_model is {name!r}, expected one of {', '.join(results)}")
+        value, best = results[key], self.state.best_metric
+        is_better = best is None or (value > best if self.args.greater_is_better else value < best)
+        if is_better:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        if self.args.save_strategy == SaveStrategy.BEST:
+            self.control.should_save = is_better
 
     def _evaluate_and_save(self) -> None:
         if self.control.should_evaluate:
             self.evaluate()
-        if self.control.should_save and self._last_saved_step != self.state.global_step:
-            self.save()
+            self.control.should_evaluate = False
+        if self.control.should_save and self.checkpoints.last_saved_step != self.state.global_step:
+            self._save()
         self.control.should_save = False
-
-    def _make_up_evaluation(self) -> None:
-        if self._resumed_from is not None and owes_evaluation(self.args, self.state):
-            self.evaluate()
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Writes a checkpoint that is whole or not there, all processes together; returns its folder."""
-        run_dir, is_main = Path(self.args.output_dir), self.accelerator.is_main_process
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        weights = whole(self.own_model.state_dict()) if is_spread(self.own_model) else None
-        optimizer = whole(self.optimizer.state_dict())
-        averages = whole(self.ema.averages) if self.ema is not None else None
-        needed = bytes_of_checkpoint(self.own_model, averages or {}, self.optimizer)
-        with atomic_folder(folder, needed=needed) if is_main else contextlib.nullcontext() as staging:
-            staging = Path(broadcast_object_list([str(staging)])[0])
-            self._save_generators(staging)
-            if is_main:
-                self.own_model.save_pretrained(staging, state_dict=weights)
-                self.processor.save_pretrained(staging)
-                torch.save(optimizer, staging / "optimizer.pt")
-                torch.save(self.scheduler.state_dict(), staging / "scheduler.pt")
-                if averages is not None:
-                    save_file(averages, staging / EMA_FILE)
-                self.state.save_to_json(str(staging / "trainer_state.json"))
-                (staging / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
-            self.accelerator.wait_for_everyone()
-            if is_main:
-                write_manifest(staging)
-        self.accelerator.wait_for_everyone()
-        self._last_saved_step = self.state.global_step
-        if is_main:
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, use_mtime=True)
-        return folder
-
-    def _save_before_leaving(self) -> str | None:
-        if not self.state.global_step:
-            return None
-        if self._last_saved_step != self.state.global_step:
-            self.save()
-        return str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+    def _save(self) -> None:
+        for callback in [*self.callbacks.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()  # ty: ignore
+        self.checkpoints.save(self.state)
+        self.control = self.callbacks.on_save(self.args, self.state, self.control)
 
     def resume(self, wanted: str | bool | None) -> None:
-        """Goes on from a checkpoint: a folder, or `last`, the newest complete one; from the start for None.
+        """Continue from a checkpoint: a folder, or `last`, the newest complete one; from the start for None.
 
         Raises:
-            CheckpointError: if the checkpoint is damaged, or does not hold every tensor of the model.
+            CheckpointError: if the checkpoint is damaged, does not hold every tensor of the model, or was written
+                with other arguments.
         """
         found = checkpoint_to_resume(wanted, self.args.output_dir, needs_averages=self.ema is not None)
         if found is None:
             return
-        folder = Path(found)
-        load_weights(self.own_model, folder)
-        restore_optimizer(self.optimizer, torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        self.scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
-        if self.ema is not None:
-            restore_tensors(load_file(folder / EMA_FILE), self.ema.averages, origin=f"{folder}/{EMA_FILE}")
-        saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        for name in ("global_step", "epoch", "log_history"):
+        changed = compare_arguments(found, self.args, self.settings)
+        load_weights(self.own_model, found)
+        self.checkpoints.restore(found, take_arguments=changed)
+        saved = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
+        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
             setattr(self.state, name, getattr(saved, name))
-        self._last_logged_step = self._last_saved_step = self.state.global_step
+        best = saved.best_model_checkpoint
+        self.state.best_model_checkpoint = best if best and Path(best).is_dir() else None
+        for callback in self.callbacks.callbacks:
+            kept: Any = saved.stateful_callbacks.get(type(callback).__name__)
+            for name, value in (kept or {}).get("attributes", {}).items():
+                setattr(callback, name, value)
+        self._last_logged_step = self.checkpoints.last_saved_step = self.state.global_step
         self._resumed_from = found
 
-    def _save_generators(self, folder: Path) -> None:
-        """The states of this process's random generators, of which dropout draws; in Trainer's form."""
-        states: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),  # noqa: NPY002 (Trainer keeps it, so its own state)
-            "cpu": torch.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            is_one = self.accelerator.num_processes == 1
-            states["cuda"] = torch.cuda.get_rng_state() if is_one else torch.cuda.get_rng_state_all()
-        torch.save(states, folder / self._generators_file())
 
-    def _restore_generators(self, folder: Path) -> None:
-        path = folder / self._generators_file()
-        if not path.is_file():  # written by another number of processes
-            return
-        with safe_globals():
-            states = torch.load(path, weights_only=True)
-        random.setstate(states["python"])
-        np.random.set_state(states["numpy"])  # noqa: NPY002
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            restore = torch.cuda.set_rng_state if self.accelerator.num_processes == 1 else torch.cuda.set_rng_state_all
-            restore(states["cuda"])
+def checkpoint_activations(model: Any, args: HfViTTrainingArguments) -> None:
+    """Make a model compute its activations again in the backward pass, if the arguments request it."""
+    if getattr(args, "activation_checkpointing", False):
+        model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+    elif args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
-    def _generators_file(self) -> str:
-        rank = f"_{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
-        return f"rng_state{rank}.pth"
+
+def save_after_worker_failure(checkpoints: Checkpointer, state: TrainerState) -> str | None:
+    """Save the last completed step after a worker's failure; return the newest checkpoint's folder.
+
+    torch raises once more for each other loader whose workers die. With several processes nothing is saved: the others
+    wait in an exchange of gradients.
+    """
+    if checkpoints.accelerator.num_processes > 1:
+        step = checkpoints.last_saved_step
+        return str(checkpoints.folder(step)) if step else None
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return checkpoints.save_before_leaving(state)
+        except RuntimeError as error:
+            if not is_worker_failure(error) or time.monotonic() > deadline:
+                raise
 
 
 def owes_evaluation(args: Any, state: TrainerState) -> bool:
-    """Tells whether a training was left at a step after which it would have been evaluated, and was not."""
+    """Return whether a training was left at a step after which an evaluation was due and was not made."""
     flow, control = DefaultFlowCallback(), TrainerControl()
     flow.on_step_end(args, state, control)
     if state.epoch and float(state.epoch).is_integer():
         flow.on_epoch_end(args, state, control)
     evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
     return control.should_evaluate and state.global_step not in evaluated
-
-
-# What a plain loop follows; any other argument of transformers must be left at its default.
-_FOLLOWED = """
-    output_dir per_device_train_batch_size per_device_eval_batch_size num_train_epochs max_steps
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
-    adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 tf32 logging_strategy
-    logging_steps logging_first_step disable_tqdm report_to run_name do_eval eval_strategy eval_steps eval_delay
-    save_strategy save_steps save_total_limit seed data_seed use_cpu dataloader_drop_last dataloader_num_workers
-    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-    dataloader_multiprocessing_context ddp_backend ddp_timeout resume_from_checkpoint push_to_hub hub_model_id
-    hub_token hub_private_repo gradient_checkpointing gradient_checkpointing_kwargs torch_compile
-    torch_compile_backend torch_compile_mode total_batch_size layer_decay decay_all_parameters momentum_dtype ema_decay
-    mixup_alpha cutmix_alpha crop_scale horizontal_flip randaugment_layers randaugment_magnitude random_erasing
-    dataloader_timeout remove_unused_columns logging_nan_inf_filter"""
-
-
-def refuse_ignored_arguments(args: HfViTTrainingArguments) -> None:
-    """Checks that nothing is asked for that a plain loop would leave undone without a word.
-
-    Raises:
-        ValueError: naming the arguments.
-    """
-    ignored = []
-    followed = set(_FOLLOWED.split())
-    for item in dataclasses.fields(args):
-        value, default = getattr(args, item.name, None), item.default
-        plain = None if default is dataclasses.MISSING else default
-        is_plain = value == plain or not (value or plain) or value == AcceleratorConfig()
-        if item.init and item.name not in followed and not is_plain:
-            ignored.append(item.name)
-    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
-        ignored.append("lr_scheduler_type")
-    if ignored:
-        listing = ", ".join(f"{name}={getattr(args, name)}" for name in ignored)
-        raise ValueError(f"this loop does not follow {listing}: leave it out, or use examples/finetune_trainer.py")

@@ -13,11 +13,17 @@ with `MomentumSGD` and `create_scheduler`, in a plain loop, under Accelerate and
 import math
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
+
+
+if TYPE_CHECKING:
+    from hf_vit.training.arguments import HfViTTrainingArguments
 
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -28,7 +34,7 @@ _BLOCK = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
 def learning_rate_at(
     step: int, *, base_lr: float, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """Returns the learning rate of one step, counted from 0: the first step of a warmup has rate 0.
+    """Return the learning rate of one step, counted from 0: the first step of a warmup has rate 0.
 
     Cosine decay goes to 0 and linear decay to 1e-5, both over `total_steps - warmup_steps`; the warmup multiplies.
 
@@ -55,7 +61,7 @@ def create_scheduler(
     warmup_steps: int = 0,
     schedule: str = "cosine",
 ) -> LambdaLR:
-    """Returns the schedule of `learning_rate_at` as a torch scheduler, to be stepped after each optimizer step.
+    """Return the schedule of `learning_rate_at` as a torch scheduler, to be stepped after each optimizer step.
 
     Args:
         base_lr: the peak rate; a group whose own rate is a fraction of it (see `parameter_groups`) keeps the fraction.
@@ -113,7 +119,7 @@ class MomentumSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Moves every parameter that has a gradient by one step; returns the closure's loss, if there is one."""
+        """Move every parameter that has a gradient by one step; return the closure's loss, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -134,7 +140,7 @@ class MomentumSGD(torch.optim.Optimizer):
         parameter.add_(moment, alpha=-lr)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restores a state with the accumulators in their own dtype (torch would cast them to the parameters')."""
+        """Restore a state with the accumulators in their own dtype (torch would cast them to the parameters')."""
         super().load_state_dict(state_dict)
         stored = state_dict["state"]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -152,7 +158,7 @@ def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_by_global_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales all gradients in place to a common norm of at most `max_norm`; returns their norm before that.
+    """Scale all gradients in place to a common norm of at most `max_norm`; return their norm before that.
 
     Gradients are left alone below `max_norm` and become g / norm * max_norm from there on. torch's own
     `clip_grad_norm_` divides by norm + 1e-6, a relative difference of 1e-6 / norm.
@@ -168,7 +174,7 @@ def clip_by_global_norm_(parameters: Iterable[nn.Parameter], max_norm: float) ->
 
 
 def depth_of(name: str, num_hidden_layers: int) -> int:
-    """Returns how deep a parameter sits: 0 for the embeddings (hybrid stem included), i + 1 for block i, L + 1 above.
+    """Return how deep a parameter sits: 0 for the embeddings (hybrid stem included), i + 1 for block i, L + 1 above.
 
     Prefixes that wrappers put before a name (PEFT, DDP, compile) do not matter.
     """
@@ -179,7 +185,7 @@ def depth_of(name: str, num_hidden_layers: int) -> int:
 
 
 def takes_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Tells whether a parameter is a kernel: not a bias, norm, class token, position table or pooling probe.
+    """Return whether a parameter is a kernel: not a bias, norm, class token, position table or pooling probe.
 
     Source: big_vision/optax.py, where wd_mults is (".*/kernel", 1.0) by default.
     """
@@ -194,7 +200,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     decay_all_parameters: bool = False,
 ) -> list[dict]:
-    """Returns optimizer groups of the trainable parameters, one per (depth, decayed or not); the head's come first.
+    """Return optimizer groups of the trainable parameters, one per (depth, decayed or not); the head's come first.
 
     Args:
         layer_decay: each layer learns at this fraction of the rate of the layer above; 1.0 turns it off. The rate of
@@ -219,3 +225,40 @@ def parameter_groups(
     if not groups:
         raise ValueError("no parameter of the model is trainable: nothing to optimize")
     return [groups[key] for key in sorted(groups)]
+
+
+def build_optimizer(model: nn.Module, args: "HfViTTrainingArguments") -> torch.optim.Optimizer:
+    """Return the reference's SGD for `optim="sgd"`, transformers' optimizers for other names, on our groups."""
+    groups = parameter_groups(
+        model,
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        layer_decay=args.layer_decay,
+        decay_all_parameters=args.decay_all_parameters,
+    )
+    if args.optim == "sgd":
+        return MomentumSGD(groups, args.learning_rate, accumulator_dtype=getattr(torch, args.momentum_dtype))
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    return optimizer_class(groups, **settings)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, args: "HfViTTrainingArguments", *, total_steps: int) -> Any:
+    """Return the reference's schedule for cosine, linear and constant, transformers' for other names."""
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    warmup_steps = args.get_warmup_steps(total_steps)
+    if name in SCHEDULES:
+        return create_scheduler(
+            optimizer,
+            base_lr=args.learning_rate,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            schedule=name,
+        )
+    more: Any = args.lr_scheduler_kwargs
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=more,
+    )

@@ -1,31 +1,36 @@
 """Named training settings as data, each with its source and the accuracy to expect.
 
-A recipe's fields carry the names of the arguments that they set (`hf_vit.training.arguments`), so that a recipe is
-nothing but other defaults: every command-line flag overrides it. Batch sizes are totals over devices and accumulation.
+A recipe's fields have the names of the arguments that they set (`hf_vit.training.arguments`): a recipe is a set of
+defaults, and every command-line flag overrides it. Batch sizes are totals over devices and accumulation.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
+
+from hf_vit.configuration_hf_vit import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings that belong together.
+    """Training settings by the names of their arguments.
 
     Args:
-        expected: published accuracy, top-1 in percent.
-        datasets: what differs on a dataset, by the names of `dataset_key`.
-        momentum_dtype: in which SGD keeps its momentum.
-        image_size: pixels; None keeps the model's own.
-        crop_scale: smallest part of a picture's area that a random crop takes; 1.0 does not crop but resizes.
+        expected: Published accuracy, top-1 in percent.
+        datasets: What differs on a dataset, by the names of `dataset_key`.
+        momentum_dtype: Type in which SGD keeps its momentum.
+        image_size: Pixels; None keeps the model's own.
+        crop_scale: Smallest share of an image's area in a random crop; 1.0 resizes the complete image.
         randaugment_layers, randaugment_magnitude: 0 layers turn it off.
-        mixup_alpha, cutmix_alpha: of the Beta distribution, 0 turns it off; with both, one is drawn for each batch.
+        mixup_alpha, cutmix_alpha: Of the Beta distribution, 0 turns it off; with both, one is drawn for each batch.
+        hidden_dropout_prob: None keeps the checkpoint's own; see also `model_settings`.
         trainable: `all`, `head` (linear probe) or `lora`.
-        ema_decay: of the average of the weights that is evaluated and saved, 0 turns it off.
+        ema_decay: Of the average of the weights that is evaluated and saved, 0 turns it off.
     """
+
+    ABOUT: ClassVar = ("summary", "source", "expected", "datasets")
 
     summary: str
     source: str
@@ -53,21 +58,46 @@ class Recipe:
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     label_smoothing_factor: float = 0.0
-    hidden_dropout_prob: float = 0.0
+    hidden_dropout_prob: float | None = None
     drop_path_rate: float = 0.0
     ema_decay: float = 0.0
     trainable: str = "all"
     lora_rank: int = 16
 
     def arguments(self, dataset: str | None = None) -> dict[str, Any]:
-        """Returns what the recipe sets, by name, with what differs on `dataset` (a name, id or path)."""
-        about = {"summary", "source", "expected", "datasets"}
-        settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in about}
+        """Return what the recipe sets, by name, with what differs on `dataset` (a name, id or path)."""
+        names = [item.name for item in dataclasses.fields(self) if item.name not in self.ABOUT]
+        settings = {name: getattr(self, name) for name in names}
         return settings | dict(self.datasets.get(dataset_key(dataset), {}) if dataset else {})
 
 
+def model_settings(recipe: str, dataset: str, config: Any) -> dict[str, Any]:
+    """Return what a recipe sets for one model alone; every other model keeps the recipe's own settings.
+
+    Source: vit_jax/configs/vit.py at c6de1e5 (0.01 for b16 on cifar10 alone) and vit_jax/configs/models.py (dropout).
+    """
+    preset = _preset_of(config)
+    if recipe != "paper" or preset is None:
+        return {}
+    dropout = PRESETS[preset].get("hidden_dropout_prob")
+    settings = {} if dropout is None else {"hidden_dropout_prob": dropout}
+    is_exception = preset == "ViT-B_16" and dataset_key(dataset) == "cifar10"
+    return settings | ({"learning_rate": 0.01} if is_exception else {})
+
+
+def _preset_of(config: Any) -> str | None:
+    """Return the first preset that has a configuration's size, patch and stem."""
+    names = ("hidden_size", "num_hidden_layers", "patch_size", "resnet_layers")
+    known = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 16, "resnet_layers": None}
+    found = {name: getattr(config, name) for name in names}
+    if isinstance(found["patch_size"], (list, tuple)) and len(set(found["patch_size"])) == 1:
+        found["patch_size"] = found["patch_size"][0]
+    matching = (name for name, fields in PRESETS.items() if {**known, **fields}.items() >= found.items())
+    return next(matching, None)
+
+
 def dataset_key(dataset: str) -> str:
-    """Returns the name under which recipes list a dataset: `uoft-cs/cifar10` and `CIFAR-10` are `cifar10`."""
+    """Return the name under which recipes list a dataset: `uoft-cs/cifar10` and `CIFAR-10` are `cifar10`."""
     name = dataset.rstrip("/").rpartition("/")[2].lower()
     plain = "".join(character for character in name if character.isalnum())
     aliases = {
@@ -88,7 +118,7 @@ def _by_steps(steps: int, warmup: int, **others: Any) -> Mapping[str, Any]:
     return MappingProxyType({"max_steps": steps, "warmup_steps": warmup, **others})
 
 
-# 8x8 handwriting must not be mirrored, nor lose a stroke to a crop or a box. 1,437 pictures: 45 steps are an epoch.
+# 8x8 handwriting must not be mirrored, nor lose a stroke to a crop or a box. 1,437 images: 45 steps are an epoch.
 # Lengths are chosen for less than two minutes on two cores.
 _DIGITS = {"total_batch_size": 32, "image_size": None, "horizontal_flip": False, "crop_scale": 1.0}
 
@@ -102,7 +132,7 @@ _PAPER = Recipe(
     warmup_steps=500,
     image_size=384,
     datasets={
-        "cifar10": _by_steps(10_000, 500, learning_rate=0.01),
+        "cifar10": _by_steps(10_000, 500),
         "cifar100": _by_steps(10_000, 500),
         "imagenet": _by_steps(20_000, 500),
         "pets": _by_steps(500, 100),
@@ -121,6 +151,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             expected="ImageNet (20,000 steps): L/16 85.6, B/16 85.5, S/16 83.7, R26+S/32 83.9, Ti/16 78.2, B/32 83.6",
             max_steps=500,
             warmup_steps=100,
+            hidden_dropout_prob=0.0,
             datasets={"imagenet": _by_steps(20_000, 500), "digits": _by_steps(500, 100, **_DIGITS)},
         ),
         "big_vision": dataclasses.replace(
@@ -176,8 +207,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             },
         ),
         "adamw": Recipe(
-            summary="the default: AdamW, short, mild augmentation; safe on small sets of pictures",
-            source="this project; on digits from the embedded checkpoint the JAX code reaches 100.0 with AdamW",
+            summary="the default: AdamW, short, mild augmentation; at least 200 steps on small sets of images",
+            source="hf-vit; on digits from the embedded checkpoint the JAX code reaches 100.0 with AdamW",
             expected="digits from the embedded checkpoint: at least 98",
             total_batch_size=128,
             num_train_epochs=10,
@@ -235,10 +266,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def find_recipe(name: str) -> Recipe:
-    """Returns a recipe by name.
+    """Return a recipe by name.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if no recipe has that name.
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}, or `list` to see them")
@@ -246,15 +277,18 @@ def find_recipe(name: str) -> Recipe:
 
 
 def format_recipes() -> str:
-    """Returns all recipes as text: what they are, what they set, on which datasets, their source and expectation."""
+    """Return all recipes as text: what they are, what they set, on which datasets, their source and expectation."""
     return "\n\n".join(_format(name, recipe) for name, recipe in RECIPES.items())
 
 
 def _format(name: str, recipe: Recipe) -> str:
     defaults = Recipe(summary="", source="", expected="").arguments()
     set_here = {key: value for key, value in recipe.arguments().items() if value != defaults[key]}
+    dropout = "L/16, H/14, R50+B/16, R50+L/32: hidden_dropout_prob=0.1"
+    notes = {"paper": f"  models    {dropout}; B/16 on cifar10: learning_rate=0.01"}
     lines = [f"{name}: {recipe.summary}", f"  settings  {_settings(set_here)}"]
     lines += [f"  {dataset:<9} {_settings(settings)}" for dataset, settings in recipe.datasets.items()]
+    lines += [notes[name]] if name in notes else []
     lines += [f"  expected  {recipe.expected}", f"  source    {recipe.source}"]
     return "\n".join(lines)
 

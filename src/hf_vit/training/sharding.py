@@ -1,6 +1,6 @@
-"""Tensors that FSDP2 spreads over processes, whole when they are saved and spread again when they are restored.
+"""Tensors that FSDP2 shards over processes: complete when they are saved, sharded again when they are restored.
 
-So a checkpoint does not tell how many processes wrote it, and any number of them can go on from it.
+A checkpoint does not depend on the number of processes that wrote it; any number of them can continue from it.
 """
 
 from typing import Any
@@ -12,23 +12,23 @@ from torch.utils._pytree import tree_map
 
 
 def whole(values: Any) -> Any:
-    """Returns a structure with every spread tensor put together on the CPU; all processes must call it."""
+    """Return a structure with every sharded tensor complete on the CPU; all processes must call it."""
     return tree_map(lambda value: value.full_tensor().cpu() if isinstance(value, DTensor) else value, values)
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Tells whether a model's parameters are spread over processes."""
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model's parameters are sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @torch.no_grad()
 def put(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a whole tensor into one that may be spread; each process takes its own part, nothing is sent."""
+    """Copy a complete tensor into one that may be sharded; each process takes its own part, nothing is sent."""
     target.copy_(_like(value, target))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads an optimizer's state that was saved `whole`, as its own `state_dict()`, into it.
+    """Load an optimizer's state that was saved `whole`, as its own `state_dict()`, into it.
 
     Raises:
         ValueError: if it belongs to other groups of parameters.
@@ -44,7 +44,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 
 
 def _like(value: Any, target: torch.Tensor) -> Any:
-    """`value` spread as `target` is, where it is a tensor of the same shape."""
+    """Return `value` sharded as `target` is, where it is a tensor of the same shape."""
     if not isinstance(target, DTensor) or not isinstance(value, torch.Tensor) or value.shape != target.shape:
         return value
     value = value.to(target.device)
