@@ -1,6 +1,7 @@
 """What is pushed is whole, comes back as it was and loads without this package; its card states only what is known."""
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import HubServer
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import pipeline
 
 import hf_vit
 from hf_vit import (
@@ -40,6 +42,8 @@ SMALL = {
     "zero_init_head": False,
 }
 ROOT_ONLY = SMALL | {"patch_size": 2, "resnet_layers": [], "resnet_width_factor": 0.5}
+PACKAGE = Path(hf_vit.__file__).parent
+PROCESSOR_CODE = {"image_processing_hf_vit.py", "image_resizing.py"}
 EVERYTHING = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *HUB_FILES}
 
 
@@ -213,7 +217,8 @@ def test_one_commit_holds_weights_processor_code_and_card(hub):
 
 def test_saving_with_a_push_leaves_the_folder_and_pushes_under_its_name(hub, tmp_path):
     small().save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="first")
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.json", "model.safetensors"}
+    saved = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert saved == EVERYTHING - {"README.md", "preprocessor_config.json", *PROCESSOR_CODE}
     assert set(hub.files("me/mine")) == EVERYTHING | {".gitattributes"}
     small().save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/other")
     assert set(hub.files("me/other")) == EVERYTHING | {".gitattributes"}
@@ -229,10 +234,10 @@ def test_the_auto_map_names_a_class_of_a_pushed_file_for_every_auto_class(hub):
         "AutoModelForImageClassification",
         "AutoModelForMaskedImageModeling",
         "AutoBackbone",
-        "AutoImageProcessor",
     }
-    references = [v for v in AUTO_MAP.values() if isinstance(v, str)] + list(AUTO_MAP["AutoImageProcessor"].values())
-    assert config["auto_map"] | processor["auto_map"] == AUTO_MAP
+    assert config["auto_map"] == AUTO_MAP
+    references = [*AUTO_MAP.values(), *processor["auto_map"]["AutoImageProcessor"].values()]
+    assert len(references) == 7
     for module, _, name in (reference.partition(".") for reference in references):
         tree = ast.parse(files[f"{module}.py"])
         assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -242,12 +247,87 @@ def test_pushing_does_not_change_the_model_or_later_saves(hub, tmp_path):
     model = small()
     model.save_pretrained(tmp_path / "earlier")  # which notes the class and dtype in the configuration
     before = model.config.to_dict()
-    push(model, "me/model")
+    push(model, "me/model", include_code=False)
     assert model.config.to_dict() == before
-    assert HfViTModel._auto_class is None
     model.save_pretrained(tmp_path / "later")
-    assert not list((tmp_path / "later").glob("*.py"))
-    assert "auto_map" not in json.loads((tmp_path / "later/config.json").read_text())
+    for name in ("config.json", "modeling_hf_vit.py"):
+        assert (tmp_path / "later" / name).read_bytes() == (tmp_path / "earlier" / name).read_bytes()
+
+
+# Package installed and not imported: the code of the repository must run alone, with every road to the Hub.
+OPEN_BESIDE_THE_PACKAGE = """
+import sys
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+torch.set_num_threads(1)
+for name in sys.argv[1:]:
+    remote = {"trust_remote_code": True}
+    processor = AutoImageProcessor.from_pretrained(name, **remote)
+    model = AutoModelForImageClassification.from_pretrained(name, **remote)
+    config = AutoConfig.from_pretrained(name, **remote)
+    pipeline("image-classification", model=name, **remote)
+    for thing in (processor, model, config):
+        assert type(thing).__module__.startswith("transformers_modules."), type(thing)
+    model.save_pretrained("again")
+    model.from_pretrained("again")
+assert "hf_vit" not in sys.modules
+"""
+
+
+def push_separately(model, processor, name):
+    """Push as the tutorials do: the model, then the processor."""
+    model.push_to_hub(name)
+    processor.push_to_hub(name)
+
+
+def save_and_upload(model, processor, name):
+    for part in (model, processor):
+        part.save_pretrained("saved")
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path="saved")
+
+
+def push_pipeline(model, processor, name):
+    pipeline("image-classification", model=model, image_processor=processor).push_to_hub(name)
+
+
+def push_configuration_after_the_model(model, processor, name):
+    push_separately(model, processor, name)
+    model.config.push_to_hub(name)
+
+
+def save_again_elsewhere(model, processor, name):
+    push_separately(model, processor, "me/first")
+    loaded = HfViTForImageClassification.from_pretrained("me/first")
+    save_and_upload(loaded, HfViTImageProcessor.from_pretrained("me/first"), name)
+
+
+ROADS = (push_separately, save_and_upload, push_pipeline, push_configuration_after_the_model, save_again_elsewhere)
+
+
+@pytest.mark.slow
+def test_every_road_to_the_hub_leaves_a_repository_that_opens_beside_the_package(hub, tmp_path):
+    model = small(num_labels=3)
+    processor = HfViTImageProcessor.for_model(model.config)
+    for road in ROADS:
+        road(model, processor, f"me/{road.__name__}")
+    environment = hub.environment(tmp_path / "home", token="hf_me") | {"PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-c", OPEN_BESIDE_THE_PACKAGE, *(f"me/{road.__name__}" for road in ROADS)]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_copy_of_the_code_never_asks_the_installed_package(tmp_path):
+    small().save_pretrained(tmp_path / "copied_vit")
+    (tmp_path / "copied_vit" / "__init__.py").write_text("")
+    spec = importlib.util.spec_from_file_location(
+        "copied_configuration", tmp_path / "copied_vit" / "configuration_hf_vit.py"
+    )
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy.installed_module("checkpoints.loading") is None
+    assert hf_vit.configuration_hf_vit.installed_module("checkpoints.loading") is not None
 
 
 def test_a_branch_is_created_and_the_main_branch_left_alone(hub):

@@ -9,7 +9,7 @@ from hub_server import HubServer
 from huggingface_hub import snapshot_download
 
 from hf_vit.files.errors import CheckpointError
-from hf_vit.hub.verification import verify_download, verify_snapshot
+from hf_vit.hub import verify
 
 
 WEIGHTS = bytes(range(256)) * 40
@@ -26,7 +26,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_sound_snapshot_is_checked_file_by_file(hub):
-    assert verify_snapshot(snapshot_download("me/model")) == 2
+    assert verify(snapshot_download("me/model")) == 2
 
 
 @pytest.mark.reliability(row="L06")
@@ -36,7 +36,7 @@ def test_a_download_that_was_damaged_at_its_right_size_is_refused(hub):
     with pytest.raises(
         CheckpointError, match=r"model\.safetensors: damaged .*: expected sha256 .*delete .*load it again"
     ):
-        verify_snapshot(folder)
+        verify(folder)
 
 
 @pytest.mark.reliability(row="L06")
@@ -47,19 +47,19 @@ def test_a_cache_that_was_damaged_later_is_refused_until_it_is_loaded_again(hub,
     stored.write_bytes(damage)
     assert snapshot_download("me/model") == str(folder)  # the client sees nothing
     with pytest.raises(CheckpointError, match=str(stored)):
-        verify_snapshot(folder)
+        verify(folder)
     stored.unlink()  # as the error says
-    assert verify_snapshot(snapshot_download("me/model")) == 2
+    assert verify(snapshot_download("me/model")) == 2
 
 
 def test_what_was_loaded_is_found_again_by_its_id_without_the_network(hub, tmp_path):
     folder = snapshot_download("me/model", cache_dir=tmp_path / "elsewhere")
     hub.requests.clear()
-    assert verify_download("me/model", cache_dir=tmp_path / "elsewhere") == 2
-    assert verify_download(folder) == 2
+    assert verify("me/model", cache_dir=tmp_path / "elsewhere") == 2
+    assert verify(folder) == 2
     assert hub.requests == []
 
 
 def test_a_folder_outside_the_cache_has_no_digests_to_check(hub, tmp_path):
     shutil.copytree(snapshot_download("me/model"), tmp_path / "copy")
-    assert verify_download(tmp_path / "copy") == 0
+    assert verify(tmp_path / "copy") == 0

@@ -1,4 +1,4 @@
-"""The way out to the Hub: a model card that states only what is known, and one commit with all that a user needs.
+"""Pushing to the Hub: a model card that states only what is known, and one commit with everything a user needs.
 
 A pushed folder holds the weights, the configuration, the image processor, the card and the five source files of
 `HUB_FILES`, so that it loads on a machine without this package (`trust_remote_code=True`).
@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,37 +33,23 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 from yaml import YAMLError
 
 from hf_vit.checkpoints.processors import processor_of
-from hf_vit.configuration_hf_vit import HfViTConfig
+from hf_vit.configuration_hf_vit import AUTO_MAP, HfViTConfig
 from hf_vit.files.atomic import atomic_file
+from hf_vit.files.output import mark
+from hf_vit.image_processing_hf_vit import AUTO_MAP as PROCESSOR_AUTO_MAP
+from hf_vit.image_processing_hf_vit import HfViTImageProcessor
+from hf_vit.modeling_hf_vit import HfViTModel
 
 
 logger = logging.getLogger(__name__)
 
-HUB_FILES = (
-    "configuration_hf_vit.py",
-    "position_embeddings.py",
-    "resnetv2.py",
-    "modeling_hf_vit.py",
-    "image_processing_hf_vit.py",
-)
-
-_PROCESSOR_MAP = {
-    "AutoImageProcessor": {
-        "torchvision": "image_processing_hf_vit.HfViTImageProcessor",
-        "pil": "image_processing_hf_vit.HfViTImageProcessorPil",
-    }
-}
-AUTO_MAP = {
-    "AutoConfig": "configuration_hf_vit.HfViTConfig",
-    "AutoModel": "modeling_hf_vit.HfViTModel",
-    "AutoModelForImageClassification": "modeling_hf_vit.HfViTForImageClassification",
-    "AutoModelForMaskedImageModeling": "modeling_hf_vit.HfViTForMaskedImageModeling",
-    "AutoBackbone": "modeling_hf_vit.HfViTBackbone",
-    **_PROCESSOR_MAP,
-}
+# The modules of the model and its image processor, and every file that they import relatively.
+_MODULES = [str(sys.modules[cls.__module__].__file__) for cls in (HfViTModel, HfViTImageProcessor)]
+HUB_FILES = tuple(sorted({Path(each).name for path in _MODULES for each in (path, *get_relative_import_files(path))}))
 
 _TAGS = ("vision-transformer", "hf_vit")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -156,8 +143,43 @@ def write_model_card(
         pixels=_pixels,
     )
     _write_eval_results(folder, results)
-    _write(folder / "README.md", str(card))
+    _write(folder / "README.md", mark(str(card)))
     return folder / "README.md"
+
+
+def write_stock_card(
+    folder: Path, *, name: str, license: str | None, source: str, pixels: float | None = None
+) -> None:
+    """Write the card of a folder that transformers' own ViT opens; what is not known is left out.
+
+    Args:
+        source: File name or address of the original checkpoint.
+        pixels: Largest difference of the stock image processor's pixels from those of the model's protocol.
+    """
+    parity = _json(folder / "parity.json")
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vision-transformer"],
+    )
+    lines = [
+        *("---", data.to_yaml(), "---", "", f"# {name}", ""),
+        f"Converted from `{source}` for transformers' `ViTForImageClassification`. It needs no other code.",
+        *("", "```python", "from transformers import pipeline", ""),
+        *(f'pipeline("image-classification", model="{name}")("image.jpg")', "```"),
+    ]
+    if parity:
+        difference = f"{parity['differences']['logits']:.1e}"
+        lines += ["", f"Checkpoint sha256: `{parity['sha256']}`. Largest difference of this model's logits in "]
+        lines[-1] += f"transformers from an independent computation: {difference}."
+    if pixels:
+        lines += [
+            "",
+            "Limits: transformers resizes images in its own way. Its pixels, from -1 to 1, differ by ",
+        ]
+        lines[-1] += f"up to {pixels:.2g} from those that the model was trained on, measured on an image of noise."
+    _write(folder / "README.md", mark("\n".join(lines) + "\n"))
 
 
 def _pipeline_tag(config: HfViTConfig) -> str:
@@ -335,14 +357,17 @@ def _token(token: str | bool | None) -> str:
 
 
 def _complete(folder: Path, repo_id: str, *, processor: Any, include_code: bool, tags: Sequence[str]) -> None:
-    """Add to a saved model what a repository has besides; the text of a card that is there stays."""
+    """Add to a saved model what a repository has besides; the text of an existing card stays."""
     _config_of(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    for name in HUB_FILES if include_code else ():
-        shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
+    for name in HUB_FILES:
+        if include_code:
+            shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     _set_auto_map(folder / "config.json", AUTO_MAP if include_code else None)
-    _set_auto_map(folder / "preprocessor_config.json", _PROCESSOR_MAP if include_code else None)
+    _set_auto_map(folder / "preprocessor_config.json", PROCESSOR_AUTO_MAP if include_code else None)
     if (folder / "README.md").exists():
         _complete_metadata(folder, tags)
     else:
@@ -350,7 +375,7 @@ def _complete(folder: Path, repo_id: str, *, processor: Any, include_code: bool,
 
 
 def _complete_metadata(folder: Path, tags: Sequence[str]) -> None:
-    """Put into a card that is there what the Hub must know to open the model; every other word stays."""
+    """Add to an existing card the metadata by which the Hub opens the model; its text stays."""
     path = folder / "README.md"
     try:
         known = metadata_load(path) or {}
@@ -378,7 +403,7 @@ def _sends_code(folder: Path) -> bool:
 
 
 def _operations(folder: Path, remote: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return what makes the repository the folder: its files, and the end of weights and code that it replaces."""
+    """Return the operations of the commit: the files of the folder, and deletions of replaced weights and code."""
     code = set(HUB_FILES) if _sends_code(folder) else set()
     names = {
         path.relative_to(folder).as_posix()
