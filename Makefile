@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything from nothing; a second run does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := src conversion examples benchmarks tests
+SOURCES := src conversion examples benchmarks docs tests
 
 .PHONY: install demo test test-slow style quality bench reliability
 
@@ -28,7 +28,7 @@ style: install
 quality: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/ty check src conversion examples
+	$(BIN)/ty check src conversion examples benchmarks docs
 
 bench: install
 	$(BIN)/python benchmarks/run.py

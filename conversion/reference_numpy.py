@@ -8,7 +8,7 @@ blocks, bfloat16, optimizer state beside the weights, image towers of two-tower 
     python conversion/reference_numpy.py CHECKPOINT [IMAGE] [--image_size H W]
 
 Source: vit_jax/models_vit.py, models_resnet.py, checkpoint.py (c6de1e5); big_vision/models/vit.py, utils.py (0127fb6).
-Shapes: B pictures, H x W pixels, C channels, h x w patches, N tokens, D hidden size, K heads, d = D / K.
+Shapes: B images, H x W pixels, C channels, h x w patches, N tokens, D hidden size, K heads, d = D / K.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Settings:
     num_layers: int
     representation_size: int | None  # None leaves `pre_logits` out
     resnet_layers: tuple[int, ...] | None  # None: no stem; (): its root alone
-    grid: tuple[int, int] | None = None  # (h, w) of the stored positions; None: square, or the picture's
+    grid: tuple[int, int] | None = None  # (h, w) of the stored positions; None: square, or the image's
 
 
 def forward(params: Arrays, pixels: np.ndarray, settings: Settings) -> Arrays:
@@ -465,7 +465,7 @@ def flatten(tree: dict, prefix: str = "") -> Arrays:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """(H, W, C) in 0..255 from an `.npy` file or a binary `.ppm`, the two that need no picture library."""
+    """(H, W, C) in 0..255 from an `.npy` file or a binary `.ppm`, the two formats that need no image library."""
     data = Path(path).read_bytes()
     if data.startswith(b"\x93NUMPY"):
         return np.load(path, allow_pickle=False)

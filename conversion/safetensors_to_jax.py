@@ -1,9 +1,9 @@
-"""The way back: a model of ours in, a checkpoint of the JAX code out.
+"""Convert a model to a checkpoint of the JAX code.
 
     python conversion/safetensors_to_jax.py MODEL OUT.npz [--dialect linen|prelinen|big_vision]
 
-A folder in our layout is read tensor by tensor. A model that came from a checkpoint is written in that one's dialect,
-names, stacking and dtype unless another dialect is asked for.
+A folder in hf-vit's layout is read tensor by tensor. A model that came from a checkpoint is written in the dialect,
+names, stacking and dtype of that checkpoint unless another dialect is requested.
 """
 
 import json
@@ -18,13 +18,13 @@ from safetensors import safe_open
 from transformers import HfArgumentParser
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
-from hf_vit.checkpoints import write_jax_checkpoint
-from hf_vit.checkpoints.layouts import DIALECTS
-from hf_vit.files.torch_files import find_weights, open_tensors
+from hf_vit.checkpoints import DIALECTS, write_jax_checkpoint
+from hf_vit.cli import run
+from hf_vit.files import check_output_file, find_weights, open_tensors
 
 
 class SavedTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a saved folder, one file or several, each read when it is asked for and not kept."""
+    """The tensors of a saved folder, in one file or several, each read on access and not kept."""
 
     def __init__(self, folder: str):
         self._places: dict[str, Path] = {}
@@ -44,7 +44,7 @@ class SavedTensors(Mapping[str, torch.Tensor]):
 
 
 def open_state(model: str) -> tuple[Mapping[str, torch.Tensor], HfViTConfig]:
-    """The parameters of a model by name, read lazily where it is a folder in our layout, and its configuration."""
+    """Return the parameters by name, read lazily from a folder in hf-vit's layout, and the configuration."""
     description = Path(model) / "config.json"
     if description.is_file() and json.loads(description.read_text()).get("model_type") == HfViTConfig.model_type:
         return SavedTensors(model), HfViTConfig.from_pretrained(model)
@@ -56,24 +56,22 @@ def open_state(model: str) -> tuple[Mapping[str, torch.Tensor], HfViTConfig]:
 @dataclass
 class Options:
     dialect: str | None = field(
-        default=None, metadata={"choices": list(DIALECTS), "help": "by default the one that the model came from"}
+        default=None,
+        metadata={"choices": list(DIALECTS), "help": "Dialect to write, by default that of the source."},
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing file."})
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(cast(Any, Options), description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="a folder, a Hub id, or a checkpoint: whatever from_pretrained opens")
-    parser.add_argument("out", type=Path, help="the .npz file to write")
+    parser.add_argument("model", help="Folder, Hub id or checkpoint that from_pretrained opens.")
+    parser.add_argument("out", type=Path, help="The .npz file to write.")
     options = parser.parse_args(arguments)
+    check_output_file(options.out, overwrite=options.overwrite)
     state, config = open_state(options.model)
     layout = write_jax_checkpoint(state, config, options.out, dialect=options.dialect)
     print(f"{options.out}: {layout.dialect} dialect, {layout.dtype}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    sys.exit(run(main))

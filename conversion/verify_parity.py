@@ -1,4 +1,4 @@
-"""Proof that a model computes what its original checkpoint does: both run on the same pictures, step by step.
+"""Compare a model with its original checkpoint: both run on the same images, and every step is compared.
 
 The oracle (`reference_numpy.py`) reads the checkpoint itself and shares nothing with the package. The certificate
 names the checkpoint by its sha256 and gives the largest difference of every step.
@@ -19,9 +19,11 @@ from typing import Any, cast
 import numpy as np
 import reference_numpy as reference
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, ViTForImageClassification
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
+from hf_vit.cli import run
+from hf_vit.files import atomic_file, check_outputs
 
 
 # How far two float32 computations of one step may lie apart, as a share of its largest value (of 1 where that is
@@ -42,7 +44,7 @@ class Certificate:
         source: The checkpoint's file name, or the address that it was fetched from.
         tensors: Parameters of the model.
         head: `"checkpoint"`, `"new"` (not compared: the file has none like it) or `"none"`.
-        image_size: (height, width) of the pictures in pixels.
+        image_size: (height, width) of the images in pixels.
         differences: The largest absolute difference of each step.
         relative_differences: The same, divided by the largest value of the step in the reference.
         bounds: What each absolute difference may be; `bound` is that of the last step.
@@ -87,15 +89,15 @@ def verify_parity(model_path: str | Path, checkpoint: str | Path, *, source: str
     model, is_head_new = _load(model_path)
     config, tensors = model.config, len(model.state_dict())
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    pictures = fixed_pictures(height, width, config.num_channels)
-    ours = record_steps(model, pictures)
+    images = fixed_images(height, width, config.num_channels)
+    ours = record_steps(model, images)
     del model  # before the oracle loads the checkpoint
-    theirs, head = _run_oracle(checkpoint, config, pictures, is_head_new=is_head_new)
+    theirs, head = _run_oracle(checkpoint, config, images, is_head_new=is_head_new)
     differences = _distances(theirs, ours)
     bounds = {name: bound_of(name, theirs[name], is_hybrid=config.resnet_layers is not None) for name in differences}
     noise = {}
     if excesses(differences, bounds):
-        exact = record_steps(_load(model_path)[0].double(), pictures.astype(np.float64))
+        exact = record_steps(_load(model_path)[0].double(), images.astype(np.float64))
         noise = {
             name: gap for name, gap in _distances(ours, exact).items() if NOISE_FACTOR * gap > bounds.get(name, np.inf)
         }
@@ -109,7 +111,7 @@ def verify_parity(model_path: str | Path, checkpoint: str | Path, *, source: str
         dtype="float32",
         head=head,
         image_size=(height, width),
-        pictures=len(pictures),
+        pictures=len(images),
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("hf-vit", "torch", "transformers", "numpy")},
         differences=differences,
@@ -121,22 +123,60 @@ def verify_parity(model_path: str | Path, checkpoint: str | Path, *, source: str
     )
 
 
+def verify_stock(folder: Path, checkpoint: Path, config: HfViTConfig, *, source: str) -> Certificate:
+    """Compare the logits of transformers' own ViT in `folder` with the checkpoint's, computed by the oracle.
+
+    Args:
+        config: The configuration of the model in hf-vit's terms.
+    """
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    images = fixed_images(height, width, config.num_channels)
+    model = ViTForImageClassification.from_pretrained(folder).eval()
+    tensors = len(model.state_dict())
+    with torch.no_grad():
+        logits = model(torch.from_numpy(images).permute(0, 3, 1, 2)).logits.numpy()
+    theirs, head = _run_oracle(checkpoint, config, images, is_head_new=False)
+    if "logits" not in theirs:
+        raise ValueError(f"{source}: has no head of {config.num_labels} classes to compare: pass --verify false")
+    differences = _distances({"logits": theirs["logits"]}, {"logits": logits})
+    bound = bound_of("logits", theirs["logits"], is_hybrid=False)
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Certificate(
+        source=source,
+        sha256=digest,
+        tensors=tensors,
+        dtype="float32",
+        head=head,
+        image_size=(height, width),
+        pictures=len(images),
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("hf-vit", "torch", "transformers", "numpy")},
+        differences=differences,
+        relative_differences={"logits": differences["logits"] / (_largest(theirs["logits"]) or 1.0)},
+        bounds={"logits": bound},
+        bound=bound,
+        float32_noise={},
+        passed=not excesses(differences, {"logits": bound}),
+    )
+
+
 def excesses(differences: dict[str, float], bounds: dict[str, float]) -> list[str]:
-    """The steps out of bounds, in the order of the computation: what is wrong lies before the first."""
+    """Return the steps out of bounds in the order of computation: the cause lies before the first."""
     return [name for name, bound in bounds.items() if not differences[name] <= bound]  # also for NaN
 
 
-def fixed_pictures(height: int, width: int, channels: int) -> np.ndarray:
+def fixed_images(height: int, width: int, channels: int) -> np.ndarray:
     """(2, H, W, C) float32 in -1..1: noise, and slow waves as in a photograph; the same each time."""
     noise = np.random.default_rng(0).uniform(-1, 1, (height, width, channels))
     y, x, c = np.ogrid[:height, :width, :channels]
     return np.stack([noise, np.sin(y / 17 + x / 29 + 2 * c)]).astype(np.float32)
 
 
-def record_steps(model: HfViTForImageClassification, pictures: np.ndarray) -> dict[str, np.ndarray]:
+def record_steps(model: HfViTForImageClassification, images: np.ndarray) -> dict[str, np.ndarray]:
     """Run the model on (B, H, W, C) and return every step under the oracle's name for it, in its axis order."""
     vit, steps, hooks = model.vit, {}, []
-    tokens = vit.config.num_prefix_tokens + int(np.prod(vit.config.grid_of(pictures.shape[1:3])))
+    tokens = vit.config.num_prefix_tokens + int(np.prod(vit.config.grid_of(images.shape[1:3])))
 
     def keep(name: str, module: torch.nn.Module) -> None:
         hooks.append(module.register_forward_hook(lambda _, __, output: steps.update({name: output})))
@@ -150,7 +190,7 @@ def record_steps(model: HfViTForImageClassification, pictures: np.ndarray) -> di
     try:
         with torch.no_grad():
             outputs = model(
-                torch.from_numpy(pictures).permute(0, 3, 1, 2),
+                torch.from_numpy(images).permute(0, 3, 1, 2),
                 output_hidden_states=True,
                 output_attentions=tokens <= reference.MAX_RECORDED_TOKENS,
             )
@@ -187,13 +227,13 @@ def _load(model_path: str | Path) -> tuple[HfViTForImageClassification, bool]:
 
 
 def _run_oracle(
-    checkpoint: str | Path, config: HfViTConfig, pictures: np.ndarray, *, is_head_new: bool
+    checkpoint: str | Path, config: HfViTConfig, images: np.ndarray, *, is_head_new: bool
 ) -> tuple[reference.Arrays, str]:
     """What the checkpoint computes, and where the model's head comes from."""
     try:
         params = reference.read_checkpoint(checkpoint)
         head = _choose_head(params, config, is_new=is_head_new)
-        return reference.forward(params, pictures, _settings(params, config)), head
+        return reference.forward(params, images, _settings(params, config)), head
     except (KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{checkpoint}: the oracle cannot read it: {error}") from error
 
@@ -248,17 +288,19 @@ def _largest(x: np.ndarray) -> float:
 
 @dataclass
 class Options:
-    against: str = field(metadata={"help": "the original checkpoint: .npz or checkpoint_<step>"})
-    json: str | None = field(default=None, metadata={"help": "write the certificate there"})
+    against: str = field(metadata={"help": "Original checkpoint: .npz or checkpoint_<step>."})
+    json: str | None = field(default=None, metadata={"help": "File to write the certificate to."})
 
 
 def main(arguments: list[str] | None = None) -> Certificate:
     parser = HfArgumentParser(cast(Any, Options), description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="a folder, a Hub id, or a checkpoint: whatever from_pretrained opens")
+    parser.add_argument("model", help="Folder, Hub id or checkpoint that from_pretrained opens.")
     options = parser.parse_args(arguments)
+    check_outputs([options.json])
     certificate = verify_parity(options.model, options.against)
     if options.json:
-        Path(options.json).write_text(certificate.to_json())
+        with atomic_file(options.json) as temporary:
+            temporary.write_text(certificate.to_json(), encoding="utf-8")
     print(report(certificate))
     if not certificate.passed:
         raise ParityError(failure(certificate))
@@ -266,10 +308,10 @@ def main(arguments: list[str] | None = None) -> Certificate:
 
 
 def report(certificate: Certificate) -> str:
-    """A table of the differences; of the blocks and their attention only the first out of bounds."""
+    """Return a table of the differences; of the blocks and their attention only the first out of bounds."""
     height, width = certificate.image_size
     lines = [
-        f"{certificate.source} (sha256 {certificate.sha256[:16]}...), {certificate.pictures} pictures of "
+        f"{certificate.source} (sha256 {certificate.sha256[:16]}...), {certificate.pictures} images of "
         f"{height}x{width} pixels, head: {certificate.head}",
         f"{'step':<10}{'difference':>12}{'relative':>12}{'bound':>12}",
     ]
@@ -282,7 +324,7 @@ def report(certificate: Certificate) -> str:
 
 
 def failure(certificate: Certificate) -> str:
-    """One line that names the first step out of bounds."""
+    """Return one line that names the first step out of bounds."""
     name = excesses(certificate.differences, certificate.bounds)[0]
     return (
         f"{certificate.source}: the model does not compute what the checkpoint does: {name} is "
@@ -291,9 +333,4 @@ def failure(certificate: Certificate) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    sys.exit(run(main))

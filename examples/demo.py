@@ -1,9 +1,9 @@
-"""From an original JAX checkpoint to a fine-tuned model on the Hub's terms, in one run of a few minutes.
+"""Convert an original JAX checkpoint, compare it with the JAX code, and fine-tune it, in a few minutes.
 
 python examples/demo.py [--output_dir demo_output]
 
-A small Vision Transformer, trained on MNIST by the JAX code, is converted and held to what the JAX code computed; then
-it learns another set of handwriting, scikit-learn's digits, next to the same network from random weights.
+A small Vision Transformer that the JAX code trained on MNIST is converted and compared with the logits that the JAX
+code computed; then it is fine-tuned on scikit-learn's digits, beside the same network from random weights.
 """
 
 import dataclasses
@@ -15,17 +15,26 @@ from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import LogNorm
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, pipeline, set_seed
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints import convert_jax_checkpoint
-from hf_vit.data.augmentation import collate_images
-from hf_vit.evaluation.metrics import TopKAccuracy
-from hf_vit.files.npz import open_arrays
-from hf_vit.training.finetuning import FineTuning, card_settings, export, make_trainer, parse_arguments, prepare
-from hf_vit.training.interruption import TrainingInterrupted
-from hf_vit.training.trainer import HfViTTrainer
+from hf_vit.cli import run
+from hf_vit.data import collate_images
+from hf_vit.evaluation import ClassificationMetrics, summarize_logits
+from hf_vit.files import open_arrays
+from hf_vit.training import (
+    FineTuning,
+    HfViTTrainer,
+    TrainingInterrupted,
+    card_settings,
+    export,
+    make_trainer,
+    parse_arguments,
+    prepare,
+)
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -34,10 +43,10 @@ PARITY_BOUND = 1e-5  # largest difference at the logits, float32
 
 @dataclass
 class DemoArguments:
-    """Where the demo writes, and how long it learns."""
+    """Output folder and length of the training."""
 
-    output_dir: str = field(default="demo_output", metadata={"help": "Folder for everything that the demo makes."})
-    num_train_epochs: int = field(default=6, metadata={"help": "Passes over the 1,437 training pictures."})
+    output_dir: str = field(default="demo_output", metadata={"help": "Folder for everything that the demo writes."})
+    num_train_epochs: int = field(default=6, metadata={"help": "Epochs over the 1,437 training images."})
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +62,7 @@ def main(argv: list[str]) -> int:
         print("   the converted model does not compute what the JAX code computes", file=sys.stderr)
         return 1
 
-    print("2. Fine-tune it on 1,437 handwritten digits that it has never seen, and the same network from nothing")
+    print("2. Fine-tune it on 1,437 digits of another dataset, and train the same network from random weights")
     try:
         task, before, tuned, scratch, seconds = compare(out, args.num_train_epochs)
     except TrainingInterrupted as interruption:
@@ -61,15 +70,15 @@ def main(argv: list[str]) -> int:
         return interruption.exit_status
 
     model_dir = out / "model"
-    pictures = [task.test.dataset[i]["image"] for i in range(0, len(task.test), len(task.test) // 8)][:8]
-    labels = draw(model_dir, pictures, out / "predictions.png")
+    rows = [task.test.dataset[i] for i in range(0, len(task.test), len(task.test) // 8)][:8]
+    labels = draw(model_dir, rows, task.class_names, out / "predictions.png")
     print(f"\n3. The finished folder, opened by pipeline: {' '.join(labels)}\n")
     print("   accuracy on held-out digits")
     print(f"   converted, before fine-tuning   {before:7.2%}")
     print(f"   fine-tuned from the checkpoint  {tuned:7.2%}   ({seconds:.0f} s of training)")
-    print(f"   the same training from nothing  {scratch:7.2%}")
+    print(f"   the same from random weights    {scratch:7.2%}")
     print(f"\nPredictions and attention: {out / 'predictions.png'}")
-    print(f"The model lies in {model_dir}. To load it:")
+    print(f"The model is in {model_dir}. To load it:")
     print("    import hf_vit")
     print("    from transformers import pipeline")
     print(f'    pipeline("image-classification", model="{model_dir}")')
@@ -85,7 +94,7 @@ def measure_parity(folder: Path) -> float:
 
 
 def compare(out: Path, epochs: int) -> tuple[FineTuning, float, float, float, float]:
-    """Return the task, accuracy before and after fine-tuning and from random weights, and the seconds it took."""
+    """Return the task, accuracy before and after fine-tuning and from random weights, and the seconds of training."""
     model_args, data_args, args = parse_arguments(
         [
             f"--model_name_or_path={out / 'converted'}",
@@ -93,13 +102,14 @@ def compare(out: Path, epochs: int) -> tuple[FineTuning, float, float, float, fl
             f"--output_dir={out / 'model'}",
             f"--num_train_epochs={epochs}",
             "--save_total_limit=1",
+            "--overwrite_output_dir=true",
         ],
         description="",
     )
     set_seed(args.seed)
     task = prepare(model_args, data_args, args)
     before = measure_accuracy(HfViTForImageClassification.from_pretrained(out / "converted"), task)
-    print(f"   before: {before:.1%} of {len(task.test)} held-out digits; the model knows other handwriting")
+    print(f"   before: {before:.1%} of {len(task.test)} held-out digits; the model was trained on other handwriting")
     started = time.perf_counter()
     trainer, results = train(task, args)
     seconds = time.perf_counter() - started
@@ -114,12 +124,12 @@ def compare(out: Path, epochs: int) -> tuple[FineTuning, float, float, float, fl
 
 
 def measure_accuracy(model: HfViTForImageClassification, task: FineTuning) -> float:
-    """Return the share of held-out pictures whose class the model finds."""
-    metric = TopKAccuracy()
+    """Return the accuracy on the held-out images."""
+    metric = ClassificationMetrics()
     with torch.no_grad():
         for batch in DataLoader(task.test, batch_size=64, collate_fn=collate_images):
-            ranked = model(batch["pixel_values"]).logits.argsort(dim=-1, descending=True)
-            metric.add_batch(predictions=ranked.numpy(), references=batch["labels"].numpy())
+            ranked, confidences = summarize_logits(model(batch["pixel_values"]).logits)
+            metric.add_batch(predictions=ranked, confidences=confidences, references=batch["labels"])
     return (metric.compute() or {})["accuracy"]
 
 
@@ -130,29 +140,36 @@ def train(task: FineTuning, args: Any) -> tuple[HfViTTrainer, dict[str, float]]:
     return trainer, trainer.evaluate()
 
 
-def draw(folder: Path, pictures: list[Any], path: Path) -> list[str]:
-    """Draw what the model in `folder` sees in `pictures`, and where its class token looks; return the labels."""
+def draw(folder: Path, rows: list[dict[str, Any]], names: list[str], path: Path) -> list[str]:
+    """Draw images with their true and predicted labels, and the attention of the class token; return the predictions.
+
+    Attention is the mean over the heads of the last block, in multiples of uniform attention, on one scale.
+    """
+    images = [row["image"] for row in rows]
     classify = pipeline("image-classification", model=str(folder))
-    answers = [best[0] for best in classify(pictures, top_k=1)]
+    answers = [best[0] for best in classify(images, top_k=1)]
     model = HfViTForImageClassification.from_pretrained(folder)
     processor = HfViTImageProcessor.from_pretrained(folder)
     with torch.no_grad():
-        attentions = model(**processor(pictures, return_tensors="pt"), output_attentions=True).attentions
-    looked_at = attentions[-1].mean(dim=1)[:, 0, 1:]  # (B, h*w): the class token of the last block, mean over heads
-    figure, axes = plt.subplots(2, len(pictures), figsize=(1.5 * len(pictures), 3.6), squeeze=False)
-    for i, (picture, answer) in enumerate(zip(pictures, answers, strict=True)):
-        axes[0, i].imshow(picture)
-        axes[0, i].set_title(f"{answer['label']} ({answer['score']:.0%})")
-        axes[1, i].imshow(looked_at[i].unflatten(0, model.config.grid_size), cmap="magma")
-    axes[0, 0].set_ylabel("prediction")
+        attentions = model(**processor(images, return_tensors="pt"), output_attentions=True).attentions
+    attention = attentions[-1].mean(dim=1)[:, 0, 1:] * attentions[-1].shape[-1]  # (B, h*w), 1 is uniform
+    figure, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 3.8), squeeze=False, layout="constrained")
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        axes[0, i].imshow(row["image"])
+        axes[0, i].set_title(
+            f"true {names[row['label']]}\npredicted {answer['label']} ({answer['score']:.0%})", fontsize=8
+        )
+        tile = attention[i].unflatten(0, model.config.grid_size)
+        drawn = axes[1, i].imshow(tile, cmap="magma", norm=LogNorm(1 / 4, 16))
+    axes[0, 0].set_ylabel("input")
     axes[1, 0].set_ylabel("attention")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.tight_layout()
+    figure.colorbar(drawn, ax=axes[1], label="times uniform", ticks=[0.25, 1, 4, 16], format="%g")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return [answer["label"] for answer in answers]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

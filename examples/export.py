@@ -1,4 +1,4 @@
-"""Write a model for others: ONNX, torch.export, or the folders of transformers' ViT and of timm.
+"""Export a model: ONNX, torch.export, or a folder for transformers' ViT or for timm.
 
 python examples/export.py --model_name_or_path M --output model.onnx
 python examples/export.py --model_name_or_path M --output FOLDER --format timm
@@ -13,7 +13,9 @@ from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification, HfViTModel
 from hf_vit.checkpoints import processor_of
-from hf_vit.export.formats import export_onnx, export_program, export_timm, export_transformers
+from hf_vit.cli import run
+from hf_vit.export import export_onnx, export_program, export_timm, export_transformers
+from hf_vit.files import check_output, check_output_file
 
 
 FORMATS = ("onnx", "transformers", "timm", "torch_export")
@@ -24,7 +26,7 @@ SUFFIXES = {".onnx": "onnx", ".pt2": "torch_export"}
 class ExportArguments:
     """What to export, and where to."""
 
-    model_name_or_path: str = field(metadata={"help": "A folder, a Hub id, or a checkpoint file of any layout."})
+    model_name_or_path: str = field(metadata={"help": "Folder, Hub id, or checkpoint file of any layout."})
     output: str = field(metadata={"help": "A file (.onnx, .pt2), or the folder for transformers or timm."})
     format: str | None = field(
         default=None,
@@ -34,6 +36,7 @@ class ExportArguments:
         default=None,
         metadata={"help": "One number or height and width in pixels; resamples the position embeddings."},
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing file or another model."})
     headless: bool = field(default=False, metadata={"help": "Export the model without its classifier."})
 
 
@@ -44,6 +47,10 @@ def main(argv: list[str]) -> int:
     if kind not in FORMATS:
         parser.error(f"--format is {args.format}: expected one of {', '.join(FORMATS)}, or --output FILE.onnx or .pt2")
     size = None if args.image_size is None else args.image_size[0] if len(args.image_size) == 1 else args.image_size
+    if kind in ("timm", "transformers"):
+        check_output(args.output, overwrite=args.overwrite, source=args.model_name_or_path)
+    else:
+        check_output_file(args.output, overwrite=args.overwrite)
     chosen = HfViTModel if args.headless else HfViTForImageClassification
     model = chosen.from_pretrained(args.model_name_or_path, **({} if size is None else {"image_size": size}))
     if kind == "onnx":
@@ -58,4 +65,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

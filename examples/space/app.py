@@ -1,4 +1,4 @@
-"""A demo page: upload a picture, see its classes and where the model looks. Runs as a Hugging Face Space, or here:
+"""A demo page: upload an image, see its classes and the attention. Runs as a Hugging Face Space, or locally:
 
     python examples/space/app.py
 
@@ -18,10 +18,9 @@ import gradio as gr
 
 from hf_vit import HfViTForImageClassification
 from hf_vit.checkpoints import processor_of
-from hf_vit.data.images import ImageError, read_image
-from hf_vit.explain import label_of, log_probabilities
-from hf_vit.explain.figures import picture_of
-from hf_vit.explain.page import AttentionPage
+from hf_vit.data import ImageError, read_image
+from hf_vit.evaluation import answers
+from hf_vit.explain import AttentionPage, image_of
 
 
 DIGITS = Path(__file__).parents[1] / "checkpoints" / "vit-mnist.npz"
@@ -37,8 +36,8 @@ def load_model(name: str) -> HfViTForImageClassification:
     return HfViTForImageClassification.from_pretrained(name).eval()
 
 
-def explain_picture(path: str | None) -> tuple[dict[str, float] | None, str]:
-    """Return the probability of each of the first classes, and a frame with the page to look around in."""
+def explain_image(path: str | None) -> tuple[dict[str, float] | None, str]:
+    """Return the probabilities of the predicted classes, and a frame with the explorable page."""
     if path is None:
         return None, ""
     model = load_model(MODEL)
@@ -47,30 +46,31 @@ def explain_picture(path: str | None) -> tuple[dict[str, float] | None, str]:
         pixels = processor(read_image(path), return_tensors="pt")["pixel_values"]
     except ImageError as error:
         raise gr.Error(str(error).replace(path, Path(path).name)) from error
-    seen = picture_of(pixels, processor.image_mean, processor.image_std)
+    seen = image_of(pixels, processor.image_mean, processor.image_std)
     page = AttentionPage(model, name=Path(MODEL).stem, max_bytes=PAGE_BYTES)
-    explanation = page.add("your picture", seen, pixels, num_classes=3, occlusion_steps=8)
+    explanation = page.add("your image", seen, pixels, num_classes=3, occlusion_steps=8)
     if explanation.logits is None:
-        raise gr.Error(f"{MODEL} has no classes: set MODEL to an image classifier")
-    best = log_probabilities(explanation.logits, model.config).exp().topk(min(5, len(explanation.logits)))
-    shares = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        raise gr.Error(f"{MODEL} has no classifier: expected an image classifier in the variable MODEL")
+    answer = answers(explanation.logits[None], model.config)[0]
+    if answer.problem_type == "regression":
+        raise gr.Error(f"{MODEL} predicts values: expected a classifier in the variable MODEL")
     frame = f'<iframe title="Attention" sandbox="allow-scripts" srcdoc="{html.escape(page.html())}"></iframe>'
-    return {label_of(model.config, index): share for index, share in shares}, frame
+    return dict(answer.scores), frame
 
 
 def build() -> gr.Blocks:
     with gr.Blocks(title="Where a Vision Transformer looks", analytics_enabled=False) as app:
         gr.Markdown(
             "# Where a Vision Transformer looks\n"
-            f"Upload a picture. `{Path(MODEL).stem}` names what it sees, and shows which patches it looked at."
+            f"Upload an image. `{Path(MODEL).stem}` names what it sees, and shows which patches it looked at."
         )
         with gr.Row():
-            picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=320)
+            image = gr.Image(label="Image", sources=["upload", "clipboard"], height=320)
             # The file as it was uploaded: gradio would decode it first, and clip or darken what is not RGB of 8 bits.
-            picture.preprocess = lambda payload: None if payload is None else payload.path
+            image.preprocess = lambda payload: None if payload is None else payload.path
             classes = gr.Label(label="Classes", num_top_classes=5)
         attention = gr.HTML(elem_id="attention")
-        picture.change(explain_picture, picture, [classes, attention], api_name="explain")
+        image.change(explain_image, image, [classes, attention], api_name="explain")
     return app
 
 

@@ -43,7 +43,7 @@ def pretrain(network: str, out: Path, *more: str) -> dict:
 def test_hidden_patches_are_learnt_and_the_encoder_can_be_fine_tuned(network, tmp_path):
     out = tmp_path / "out"
     first = pretrain(network, out, "--objective=simmim", "--max_steps=1")
-    later = pretrain(network, out, "--objective=simmim", "--max_steps=60")
+    later = pretrain(network, out, "--objective=simmim", "--max_steps=60", "--overwrite_output_dir=true")
     assert later["eval_loss"] < 0.8 * first["eval_loss"]
     model = HfViTForMaskedImageModeling.from_pretrained(out)
     assert "SimMIM" in (out / "README.md").read_text()

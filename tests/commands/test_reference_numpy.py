@@ -344,7 +344,7 @@ def test_every_number_becomes_float32(dtype):
     assert array.tolist() == [1, -2]
 
 
-def test_a_batch_equals_its_single_pictures():
+def test_a_batch_equals_its_single_images():
     case = read_cases(OWN_GOLDENS)["bv_two_towers_scan"]
     params = reference.read_checkpoint(OWN_GOLDENS / case["checkpoint"])
     settings = reference.infer_settings(params)

@@ -81,7 +81,7 @@ def digit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "scheme"), [("wide", "light"), ("phone", "dark")])
-def test_an_uploaded_picture_gets_its_classes_and_its_attention(app, digit, size, scheme):
+def test_an_uploaded_image_gets_its_classes_and_its_attention(app, digit, size, scheme):
     model = HfViTForImageClassification.from_pretrained(MNIST)
     pixels = processor_of(MNIST, model.config)(read_image(digit), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -106,12 +106,12 @@ def test_an_uploaded_picture_gets_its_classes_and_its_attention(app, digit, size
 
 
 @pytest.mark.slow
-def test_a_picture_with_transparency_is_read_as_everywhere_else(app, digit, tmp_path):
+def test_an_image_with_transparency_is_read_as_everywhere_else(app, digit, tmp_path):
     stroke = Image.open(digit)
-    picture = Image.new("RGBA", stroke.size, "black")
-    picture.putalpha(stroke)  # black where there is a stroke; the rest shows white
+    image = Image.new("RGBA", stroke.size, "black")
+    image.putalpha(stroke)  # black where there is a stroke; the rest shows white
     path = tmp_path / "transparent.png"
-    picture.save(path)
+    image.save(path)
     model = HfViTForImageClassification.from_pretrained(MNIST)
     pixels = processor_of(MNIST, model.config)(read_image(path), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -124,9 +124,9 @@ def test_a_picture_with_transparency_is_read_as_everywhere_else(app, digit, tmp_
 
 
 @pytest.mark.slow
-def test_a_file_that_is_no_picture_is_refused_in_words(app, tmp_path):
+def test_a_file_that_is_no_image_is_refused_in_words(app, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     with visit(app) as seen:
         seen.page.set_input_files("input[type=file]", broken)
         toast = seen.page.get_by_test_id("toast-body")
