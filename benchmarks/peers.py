@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_vit import HfViTConfig, HfViTForImageClassification
-from hf_vit.export.formats import export_onnx, export_timm, export_transformers
+from hf_vit.export import export_onnx, export_timm, export_transformers
 from hf_vit.inference import prepare
 
 
@@ -75,7 +75,7 @@ def logits_of(model: torch.nn.Module) -> Forward:
 def forward_passes(model: HfViTForImageClassification, precision: str, batch: int) -> dict[str, Forward]:
     """Return every library's forward pass in `precision` (`f32`, `bf16`, `int8`) for batches of `batch`."""
     peers: dict[str, Forward] = {}
-    size = model.config.image_size
+    size, _ = model.config.image_height_width
     calibration = calibration_pixels(size)
     others = {} if precision == "int8" else torch_models(model)
     if precision == "f32":
@@ -124,10 +124,11 @@ def openvino_model(path: Path, precision: str, shape: tuple[int, ...], calibrati
     if precision == "int8":
         import nncf
 
-        dataset = nncf.Dataset([picture[None].numpy() for picture in calibration])
-        settings = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(calibration)}
+        dataset = nncf.Dataset([image[None].numpy() for image in calibration])
         with redirect_stdout(StringIO()):  # its progress
-            network = nncf.quantize(network, dataset, **settings)
+            network = nncf.quantize(
+                network, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
+            )
     network.reshape({0: openvino.PartialShape(list(shape))})
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -18,8 +18,8 @@ from transformers import ViTForImageClassification, ViTImageProcessor
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints import convert_jax_checkpoint, write_jax_checkpoint
-from hf_vit.data.images import read_pixels
-from hf_vit.export.formats import export_transformers
+from hf_vit.data import read_pixels
+from hf_vit.export import export_transformers
 
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
@@ -81,7 +81,7 @@ def forward_cell(
     """Compare the outputs, then time forward passes; on one thread by CPU time, which other programs don't disturb."""
     cores = torch.get_num_threads()
     torch.set_num_threads(threads)
-    size = model.config.image_size
+    size, _ = model.config.image_height_width
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
     peers = forward_passes(model, precision, batch)
     expected = logits_of(model)(pixels)
@@ -206,7 +206,7 @@ def timm_transform(paths: list[Path], processor: HfViTImageProcessor) -> Callabl
     """Return timm's own way from the files to the numbers of the protocol `timm`."""
     from timm.data import create_transform
 
-    fields = {"crop_pct": processor.crop_pct, "mean": processor.image_mean, "std": processor.image_std}
+    fields: Any = {"crop_pct": processor.crop_pct, "mean": processor.image_mean, "std": processor.image_std}
     transform = create_transform(input_size=(3, 224, 224), interpolation="bicubic", **fields)
     return lambda: torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
 

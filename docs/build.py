@@ -1,4 +1,4 @@
-"""Make `how-vit-works.md` from its template: every number is computed here, every link finds its line in the code.
+"""Build `how-vit-works.md` from its template: every value is computed here, every link finds its line in the code.
 
 python docs/build.py            # the page
 python docs/build.py --figures  # and its figures, by examples/explain.py on the embedded checkpoint
@@ -23,12 +23,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from hf_vit import PRESETS, HfViTConfig, HfViTForImageClassification
-from hf_vit.explain import explain
-from hf_vit.data.images import read_image
-from hf_vit.catalogue.labels import id2label
-from hf_vit.modeling_hf_vit import Block
+from hf_vit.catalogue import id2label
 from hf_vit.checkpoints import processor_of
-from hf_vit.training.recipes import RECIPES
+from hf_vit.data import read_image
+from hf_vit.explain import explain
+from hf_vit.modeling_hf_vit import Block
+from hf_vit.training import RECIPES
 
 
 DOCS = Path(__file__).parent
@@ -148,7 +148,7 @@ def config_facts(config: HfViTConfig) -> dict[str, str]:
 
 
 def shape_facts(config: HfViTConfig) -> dict[str, str]:
-    """The shapes that a picture takes on its way, seen by hooks."""
+    """Return the shapes of an image's representations in the model, recorded by hooks."""
     model = meta_model(config)
     vit, shapes = model.vit, {}
     block = vit.encoder.layer[0]
@@ -174,9 +174,9 @@ def shape_facts(config: HfViTConfig) -> dict[str, str]:
     for name, module in watched.items():
         module.register_forward_hook(lambda module, args, output, name=name: see(name, output))
     assert isinstance(config.image_size, int)
-    picture = torch.zeros(1, config.num_channels, config.image_size, config.image_size, device="meta")
-    shapes["attention"] = model(picture, output_attentions=True).attentions[0]
-    shapes["picture"] = picture
+    image = torch.zeros(1, config.num_channels, config.image_size, config.image_size, device="meta")
+    shapes["attention"] = model(image, output_attentions=True).attentions[0]
+    shapes["image"] = image
     return {f"shape.{name}": TIMES.join(map(str, tensor.shape[1:])) for name, tensor in shapes.items()}
 
 
@@ -223,8 +223,8 @@ def example_facts() -> dict[str, str]:
     """What the embedded checkpoint makes of the digit in the figures."""
     model = HfViTForImageClassification.from_pretrained(CHECKPOINT)
     with tempfile.TemporaryDirectory() as folder:
-        picture = read_image(write_digit(Path(folder)))
-    pixels = processor_of(CHECKPOINT, model.config)(picture, return_tensors="pt")["pixel_values"]
+        image = read_image(write_digit(Path(folder)))
+    pixels = processor_of(CHECKPOINT, model.config)(image, return_tensors="pt")["pixel_values"]
     found = explain(model, pixels)
     first, second = found.classes[:2]
     return {
@@ -243,7 +243,7 @@ def example_facts() -> dict[str, str]:
 
 
 def multiplications(config: HfViTConfig, tokens: int) -> dict[str, int]:
-    """Multiply-adds of a plain ViT for one picture, by what they are for."""
+    """Multiply-adds of a plain ViT for one image, by what they are for."""
     width, patches = config.hidden_size, tokens - config.num_prefix_tokens
     height, across = config.patch_height_width
     return {

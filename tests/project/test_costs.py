@@ -64,7 +64,7 @@ def test_a_zip_bomb_and_a_lying_header_cost_nothing(figure, tmp_path):
     from hf_vit import HfViTModel
     from hf_vit.checkpoints import convert_jax_checkpoint
     from hf_vit.files.errors import CheckpointError
-from hf_vit.files.npz import open_arrays
+    from hf_vit.files.npz import open_arrays
 
     folder, costs = Path(sys.argv[1]), []
     (folder / "text.npz").write_text("no weights")

@@ -54,7 +54,7 @@ def test_links_lead_to_lines_that_hold_what_they_are_called():
     [
         ("modeling_hf_vit.Blocks", "expected one Blocks in modeling_hf_vit.py, got 0"),
         ("modeling_hf_vit.Block.forward > self.nothing", "expected one line with 'self.nothing'"),
-        ("modeling_hf_vit.Block.forward > x", "expected one line with 'x' in modeling_hf_vit.Block.forward, got 7"),
+        ("modeling_hf_vit.Block.forward > x", "expected one line with 'x' in modeling_hf_vit.Block.forward, got 3"),
     ],
 )
 def test_a_link_that_finds_no_line_stops_the_script(target, message):
@@ -94,4 +94,4 @@ def test_the_figures_are_those_of_the_command(tmp_path):
         with Image.open(DOCS / "figures" / name) as committed, Image.open(tmp_path / name) as drawn:
             assert committed.size == drawn.size, name
             old, new = (np.asarray(image.convert("RGB"), dtype=float) for image in (committed, drawn))
-        assert np.abs(old - new).mean() < 2, f"{name} is another picture: python docs/build.py --figures"
+        assert np.abs(old - new).mean() < 2, f"{name} is another image: python docs/build.py --figures"

@@ -1,4 +1,4 @@
-"""The README's promises: its code runs, its tree is the tree, its links lead somewhere."""
+"""The promises of README and CONTRIBUTING: the code runs, the tree is the tree, the links lead somewhere."""
 
 import re
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FOLDERS = ("src/hf_vit", "conversion", "examples", "benchmarks", "docs")
 SKIPPED = {"__pycache__", "checkpoints", "results", "figures"}  # named as folders
 
@@ -25,7 +26,7 @@ def test_every_python_block_runs():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_tree_names_every_file_with_a_comment(folder):
-    tree = README[README.index("## Where things are") :]
+    tree = CONTRIBUTING[CONTRIBUTING.index("## Where things are") :]
     section = re.split(r"\n    (?=\S)", tree[tree.index(f"\n    {folder}/") + 1 :], maxsplit=1)[
         0
     ]  # up to the next folder
@@ -37,7 +38,13 @@ def test_the_tree_names_every_file_with_a_comment(folder):
 
 
 def test_links_lead_somewhere():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "conversion" / "README.md"):
+    for document in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "conversion" / "README.md",
+    ):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
