@@ -1,6 +1,6 @@
 """`from_pretrained` of the models: decides what a source is, and loads it strictly, whatever its layout.
 
-The arguments become a `_Request` once; `from_jax` and `from_torch` read other layouts; transformers builds the model.
+The arguments become a `Request` once; `from_jax` and `from_torch` read other layouts; transformers builds the model.
 """
 
 import copy
@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from hf_vit.checkpoints.foreign import UNFIT, Checkpoint, is_finite, listing, tw
 from hf_vit.checkpoints.from_jax import hub_checkpoint, local_checkpoint, open_jax_checkpoint, refuse_unknown
 from hf_vit.checkpoints.from_torch import open_torch_checkpoint
 from hf_vit.checkpoints.layouts import Rule, own_shapes
-from hf_vit.configuration_hf_vit import HUB_ARGUMENTS, HfViTConfig
+from hf_vit.checkpoints.request import LABELS, SIZES, Request
+from hf_vit.configuration_hf_vit import HfViTConfig
 from hf_vit.files.errors import CheckpointError
 from hf_vit.files.kinds import is_torch_file
 from hf_vit.files.torch_files import find_weights, folder_of, open_tensors
@@ -47,10 +47,6 @@ logger = logging.get_logger(__name__)
 
 Opener = Callable[..., AbstractContextManager[Checkpoint]]
 
-_SIZES = ("image_size", "patch_size", "num_channels")
-_LABELS = ("num_labels", "id2label", "label2id")
-# Arguments of transformers that are also attributes of a configuration, and are not for it.
-_NOT_FIELDS = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "name_or_path")
 # What a copy of an original checkpoint in another layout computes differently.
 _NUMERICS = (
     "hidden_act", "layer_norm_eps", "position_resampling", "resnet_norm_eps", "resnet_conv_eps",
@@ -64,66 +60,6 @@ _TASKS = {
 }
 _ADAPTED_HEAD = re.compile(r"\bclassifier\.(?!lora_)(\w+\.)*weight$")  # a head that is saved with an adapter
 _ATTEMPTS = 100  # to read a folder that another process keeps replacing
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of `from_pretrained`, each in one place.
-
-    Attributes:
-        label: The source as the caller named it, for messages.
-        config: The caller's configuration.
-        fields: Fields of the configuration over what the source says, without sizes and labels.
-        sizes: `image_size`, `patch_size` and `num_channels`, where given.
-        labels: `num_labels` alone, or `id2label` and `label2id`; empty where no classes are requested.
-        weights: `use_safetensors` and `variant`, where given.
-        reading: `preset` and `weights`, for checkpoints of PyTorch code.
-        others: Everything else, for transformers.
-    """
-
-    label: str
-    hub: dict[str, Any]
-    config: PreTrainedConfig | None
-    fields: dict[str, Any]
-    sizes: dict[str, Any]
-    labels: dict[str, Any]
-    weights: dict[str, Any]
-    reading: dict[str, Any]
-    others: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, label: str, kwargs: dict[str, Any]) -> "_Request":
-        kwargs, config = dict(kwargs), kwargs.get("config")
-        if isinstance(config, (str, Path)):
-            config = HfViTConfig.from_pretrained(config)
-        kwargs.pop("config", None)
-
-        def take(names: Any) -> dict[str, Any]:
-            found = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-            return {name: value for name, value in found.items() if value is not None}
-
-        labels = _parse_labels(kwargs)
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if _is_field(name) and name not in _SIZES}
-        return cls(
-            label=label,
-            hub=take(HUB_ARGUMENTS),
-            config=config,
-            fields=fields,
-            sizes=take(_SIZES),
-            labels=labels,
-            weights=take(("use_safetensors", "variant")),
-            reading=take(("preset", "weights")),
-            others=kwargs,
-        )
-
-    @property
-    def num_labels(self) -> int | None:
-        """The requested number of classes; None where the checkpoint's are kept."""
-        return len(self.labels["id2label"]) if "id2label" in self.labels else self.labels.get("num_labels")
-
-    @property
-    def allows_other_sizes(self) -> bool:
-        return bool(self.others.get("ignore_mismatched_sizes"))
 
 
 def load_pretrained(cls: type[HfViTPreTrainedModel], source: str | Path | None, *model_args: Any, **kwargs: Any):
@@ -150,7 +86,7 @@ def load_pretrained(cls: type[HfViTPreTrainedModel], source: str | Path | None, 
     """
     if source is None:  # the weights are in state_dict=
         return _transformers(cls)(None, *model_args, **kwargs)
-    request = _Request.parse(str(source), kwargs)
+    request = Request.parse(str(source), kwargs)
     source = folder_of(source)
     path = Path(source)
     if path.is_dir() and request.hub.get("subfolder"):
@@ -172,7 +108,7 @@ def load_pretrained(cls: type[HfViTPreTrainedModel], source: str | Path | None, 
     raise CheckpointError(f"{source}: was replaced {_ATTEMPTS} times while it was read; load it again")
 
 
-def _load(cls: type[HfViTPreTrainedModel], source: str | Path, request: _Request, *model_args: Any):
+def _load(cls: type[HfViTPreTrainedModel], source: str | Path, request: Request, *model_args: Any):
     try:
         adapter = _adapter_of(source, request)
         if adapter is not None:
@@ -187,7 +123,7 @@ def _load(cls: type[HfViTPreTrainedModel], source: str | Path, request: _Request
         raise CheckpointError(f"{request.label}: {error}") from error
 
 
-def _load_mirror(cls: type[HfViTPreTrainedModel], error: DownloadError, request: _Request, *model_args: Any):
+def _load_mirror(cls: type[HfViTPreTrainedModel], error: DownloadError, request: Request, *model_args: Any):
     """Open the Hub's copy of a published file that its bucket does not give, with the numerics of the original.
 
     Copies that lack a part of the weights do not replace the file, nor do those of a FlexiViT, of one patch size.
@@ -213,51 +149,6 @@ def _transformers(cls: type[HfViTPreTrainedModel]) -> Callable[..., Any]:
     return super(HfViTPreTrainedModel, cls).from_pretrained
 
 
-# -- the request
-
-
-def _is_field(name: str) -> bool:
-    if name in _NOT_FIELDS or name in _LABELS:
-        return False
-    return name in CONFIG_FIELDS or (hasattr(HfViTConfig, name) and not callable(getattr(HfViTConfig, name)))
-
-
-def _parse_labels(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take the classes that are requested out of `kwargs`: one rule for every layout.
-
-    Raises:
-        ValueError: if the number is negative, or is not that of the names.
-    """
-    count, names, indices = (kwargs.pop(name, None) for name in _LABELS)
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
-        raise ValueError(f"num_labels is {count!r}: expected a positive integer, or 0 for a model without a head")
-    if names:
-        names = {int(index): name for index, name in dict(names).items()}
-    elif indices:
-        names = {int(index): name for name, index in dict(indices).items()}
-    if not names:
-        return {} if count is None else {"num_labels": count}
-    if sorted(names) != list(range(len(names))) or count not in (None, len(names)):
-        raise ValueError(
-            f"num_labels is {count} and id2label names the classes {sorted(names)[:5]}...: expected names for the "
-            f"classes 0 to {len(names) - 1}, and num_labels={len(names)} or none"
-        )
-    return {"id2label": names, "label2id": indices or {name: index for index, name in names.items()}}
-
-
-def _apply_labels(config: HfViTConfig, request: _Request) -> None:
-    """Give `config` the requested classes; the problem type of a head that goes does not stay."""
-    count, old = request.num_labels, config.num_labels or 0
-    if count is None:
-        return
-    if count != old:
-        config.num_labels = count
-        config.problem_type = request.fields.get("problem_type")
-    for name, value in request.labels.items():
-        if name != "num_labels":
-            setattr(config, name, value)
-
-
 def _identity(folder: Path) -> list[tuple[Any, ...]]:
     """Return what changes when a folder's files are replaced: their names, inodes, sizes and times."""
     try:
@@ -274,7 +165,7 @@ def _identity(folder: Path) -> list[tuple[Any, ...]]:
 # -- what a source is
 
 
-def _opener(cls: type[HfViTPreTrainedModel], source: str | Path, request: _Request) -> Opener | None:
+def _opener(cls: type[HfViTPreTrainedModel], source: str | Path, request: Request) -> Opener | None:
     """Return what opens a checkpoint that has to be converted; None for transformers' loading of hf-vit's layout."""
     file = local_checkpoint(source, request.hub)
     if file is not None:
@@ -362,15 +253,15 @@ def _stored_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | 
 # -- layouts that have to be converted
 
 
-def _load_converted(cls: type[HfViTPreTrainedModel], opener: Opener, request: _Request, *model_args: Any):
+def _load_converted(cls: type[HfViTPreTrainedModel], opener: Opener, request: Request, *model_args: Any):
     others, label = dict(request.others), request.label
     if others.get("state_dict") is not None:
         raise ValueError(f"{label}: state_dict= cannot be passed together with a source of weights; pass one of them")
     fields, sizes = dict(request.fields), dict(request.sizes)
     if isinstance(request.config, HfViTConfig):
         given = own_fields(request.config)
-        sizes = {name: given.pop(name) for name in _SIZES} | sizes
-        fields = {name: value for name, value in given.items() if name not in _LABELS} | fields
+        sizes = {name: given.pop(name) for name in SIZES} | sizes
+        fields = {name: value for name, value in given.items() if name not in LABELS} | fields
     dtype = others.pop("torch_dtype", None) or others.pop("dtype", None) or "auto"
     for name in ("ignore_mismatched_sizes", "weights_only", "_commit_hash"):
         others.pop(name, None)
@@ -402,7 +293,7 @@ def _load_converted(cls: type[HfViTPreTrainedModel], opener: Opener, request: _R
 # -- hf-vit's own layout
 
 
-def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, request: _Request, *model_args: Any):
+def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, request: Request, *model_args: Any):
     """Load a folder or a Hub id in hf-vit's own layout by transformers, strictly."""
     stored = _stored_config(source, request.hub)
     if stored is None:  # no weights either: transformers says what is missing
@@ -415,7 +306,7 @@ def _load_own(cls: type[HfViTPreTrainedModel], source: str | Path, request: _Req
         if name in request.sizes:
             setattr(config, name, request.sizes[name])
     has_new_head = request.num_labels is not None or isinstance(request.config, HfViTConfig)
-    _apply_labels(config, request)
+    request.apply_labels(config)
     drops_pre_logits = stored.get("representation_size") is not None and config.representation_size is None
     left_out = ("pre_logits.",) if drops_pre_logits else ()
     allows_new_head = has_new_head or drops_pre_logits or request.allows_other_sizes
@@ -476,7 +367,7 @@ def _check_headers(
     cls: type[HfViTPreTrainedModel],
     source: str | Path,
     config: HfViTConfig,
-    request: _Request,
+    request: Request,
     *,
     allows_new_head: bool,
     left_out: tuple[str, ...],
@@ -510,7 +401,7 @@ def _check_headers(
 def _load_strictly(
     cls: type[HfViTPreTrainedModel],
     source: str | Path | None,
-    request: _Request,
+    request: Request,
     *model_args: Any,
     allows_new_head: bool,
     left_out: tuple[str, ...] = (),
@@ -580,7 +471,7 @@ def _has_place_for(cls: type[HfViTPreTrainedModel], name: str) -> bool:
 # -- PEFT adapters
 
 
-def _adapter_of(source: str | Path, request: _Request) -> dict[str, Any] | None:
+def _adapter_of(source: str | Path, request: Request) -> dict[str, Any] | None:
     """Return the `adapter_config.json` of a folder or repository that holds an adapter alone, without its base."""
     if not is_peft_available() or Path(source).is_file() or (Path(source) / "config.json").is_file():
         return None
@@ -600,7 +491,7 @@ def _adapter_of(source: str | Path, request: _Request) -> dict[str, Any] | None:
 
 
 def _load_adapter(
-    cls: type[HfViTPreTrainedModel], source: str | Path, adapter: dict[str, Any], request: _Request, *model_args: Any
+    cls: type[HfViTPreTrainedModel], source: str | Path, adapter: dict[str, Any], request: Request, *model_args: Any
 ):
     """Load the base of an adapter by the same rules as without one, then the adapter.
 
