@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training_runs import CLASSES, WORKERS, assert_equal, either_loop, make_trainer, pictures, weights
+from training_runs import CLASSES, WORKERS, assert_equal, either_loop, make_trainer, sample_images, weights
 
 from hf_vit import HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.data.augmentation import AugmentedImages
 from hf_vit.training.checkpointing import checkpoints_of, newest_complete_checkpoint
 from hf_vit.training.ema import ExponentialMovingAverage
-from hf_vit.training.interruption import TrainingInterrupted
+from hf_vit.training.interruption import TrainingInterrupted, describe_worker_failure
 from hf_vit.training.losses import NonFiniteLossError, classification_loss, describe_samples
 
 
@@ -262,6 +262,13 @@ def stalls_at(index: int) -> Any:
     return Stalled
 
 
+def test_a_worker_failure_before_the_first_save_says_that_nothing_was_saved():
+    message = describe_worker_failure(RuntimeError("DataLoader worker (pid 1) exited"), None, timeout=60)
+    assert (
+        message == "DataLoader worker (pid 1) exited (dataloader_timeout is 60 s); nothing of this training was saved"
+    )
+
+
 @pytest.mark.reliability(row="L04")
 @pytest.mark.slow
 @either_loop
@@ -269,7 +276,7 @@ def test_a_stalled_worker_ends_training_within_the_timeout_with_a_checkpoint(mak
     assert 0 < make(tmp_path).args.dataloader_timeout < float("inf")  # the default
     trainer = make(tmp_path, **(WORKERS | {"dataloader_timeout": 2.0}))
     processor = HfViTImageProcessor.for_model(trainer.model.config)
-    trainer.train_dataset = stalls_at(3)(pictures(), processor)
+    trainer.train_dataset = stalls_at(3)(sample_images(), processor)
     with pytest.raises(RuntimeError, match=r"timed out after 2.* seconds.*saved in"):
         trainer.train()
     newest_complete_checkpoint(tmp_path)
@@ -292,7 +299,7 @@ def test_soft_labels_give_the_same_loss_as_hard_ones_and_leave_the_model_as_it_i
 
 @pytest.mark.parametrize("mixup_alpha", [0.0, 0.8])
 def test_two_halves_accumulated_are_one_batch(mixup_alpha, tmp_path):
-    """Without dropout; and of mixup, which pairs pictures of one pass, only the scale of the loss can be compared."""
+    """Without dropout; and of mixup, which pairs images of one pass, only the scale of the loss can be compared."""
     losses = {}
     for accumulation in (1, 2):
         trainer = make_trainer(

@@ -17,13 +17,13 @@ class TrainingInterrupted(RuntimeError):  # noqa: N818
 
     Args:
         signal_number: The signal that was received.
-        checkpoint: Complete folder to resume from; None if no step was made.
+        checkpoint: Complete folder to resume from; None if nothing was saved.
     """
 
     def __init__(self, signal_number: int, checkpoint: str | None):
         self.signal_number = signal_number
         self.checkpoint = checkpoint
-        where = f"everything is saved in {checkpoint}" if checkpoint else "before the first step: nothing to save"
+        where = f"everything is saved in {checkpoint}" if checkpoint else "nothing was saved"
         super().__init__(f"training was stopped by {signal.Signals(signal_number).name}; {where}")
 
     @property
@@ -94,5 +94,5 @@ def describe_worker_failure(error: BaseException, saved: str | None, *, timeout:
     """
     gone = isinstance(error, (ConnectionError, EOFError))
     what = f"DataLoader worker is gone: {error!r}" if gone else str(error)
-    where = f"what was trained is saved in {saved}" if saved else "no step was made yet"
+    where = f"what was trained is saved in {saved}" if saved else "nothing of this training was saved"
     return f"{what} (dataloader_timeout is {timeout:g} s); {where}"
