@@ -21,7 +21,7 @@ from hf_vit.catalogue import find, is_published
 from hf_vit.checkpoints import convert_jax_checkpoint, local_checkpoint, processor_of
 from hf_vit.cli import UsageError, run
 from hf_vit.export import export_transformers
-from hf_vit.files import atomic_folder, check_output, owned_files
+from hf_vit.files import CODE_FILES, atomic_folder, check_output, owned_files
 from hf_vit.hub import push, write_model_card, write_stock_card
 
 
@@ -78,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--dry_run needs --push_to_hub REPO")
     overrides: dict[str, Any] = {"pooling": options.pooling, "num_attention_heads": options.num_heads}
     sizes = {name: read_size(getattr(options, name), name) for name in ("image_size", "patch_size")}
-    check_output(options.out_dir, overwrite=options.overwrite, source=options.source)
+    code = () if options.format == "transformers" else CODE_FILES
+    check_output(options.out_dir, writes=code, overwrite=options.overwrite, source=options.source)
 
     license = options.license or ("apache-2.0" if is_published(options.source) else None)
     if options.format == "transformers":

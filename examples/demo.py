@@ -24,7 +24,7 @@ from hf_vit.checkpoints import convert_jax_checkpoint
 from hf_vit.cli import run
 from hf_vit.data import collate_images
 from hf_vit.evaluation import ClassificationMetrics, summarize_logits
-from hf_vit.files import open_arrays
+from hf_vit.files import atomic_file, check_output, is_generated, mark, open_arrays
 from hf_vit.training import (
     FineTuning,
     HfViTTrainer,
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     parser = HfArgumentParser(cast(Any, DemoArguments), description=(__doc__ or "").splitlines()[0])
     args: Any = parser.parse_args_into_dataclasses(argv)[0]
     out = Path(args.output_dir)
+    start(out)
     print("1. Convert the checkpoint of the JAX code to safetensors")
     names = {digit: str(digit) for digit in range(10)}  # the file has no names for its classes
     convert_jax_checkpoint(CHECKPOINTS / "vit-mnist.npz", out / "converted", id2label=names)
@@ -83,6 +84,21 @@ def main(argv: list[str]) -> int:
     print("    from transformers import pipeline")
     print(f'    pipeline("image-classification", model="{model_dir}")')
     return 0
+
+
+def start(out: Path) -> None:
+    """Make the output folder, with a card that tells an earlier demo's, which is replaced, from anything else.
+
+    Raises:
+        FileExistsError: if the folder holds files and no such card.
+    """
+    if out.is_dir() and any(out.iterdir()) and not is_generated(out / "README.md"):
+        raise FileExistsError(f"{out} holds files of others: choose another --output_dir, or remove it")
+    check_output(out, overwrite=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / "README.md") as temporary:
+        text = "# Demo of hf-vit\n\nMade by `make demo`. A second run replaces what is here.\n"
+        temporary.write_text(mark(text), encoding="utf-8")
 
 
 def measure_parity(folder: Path) -> float:

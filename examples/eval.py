@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 from hf_vit import HfViTForImageClassification
 from hf_vit.checkpoints import processor_of
-from hf_vit.cli import run
+from hf_vit.cli import UsageError, run
 from hf_vit.data import AugmentedImages, collate_images, default_num_workers, load_splits
 from hf_vit.evaluation import (
     match_classes,
@@ -30,12 +30,13 @@ from hf_vit.evaluation import (
     problem_type_of,
     scores_of,
 )
-from hf_vit.files import atomic_file
+from hf_vit.files import atomic_file, check_outputs
 
 
 MAX_ROWS = 40  # of the table of classes; of more, the worst are shown
 OTHER = "other classes"  # column of the confusion matrix for classes that the dataset does not have
 SPLITS = ["held_out", "test", "validation", "train", "all"]
+SOFTWARE = "hf-vit"  # in the metadata of a figure
 
 
 @dataclass
@@ -81,6 +82,7 @@ class EvalArguments:
 def main(argv: Sequence[str]) -> int:
     parser = HfArgumentParser(cast(Any, EvalArguments), description=(__doc__ or "").splitlines()[0])
     args = cast(EvalArguments, parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0])
+    check_files(args)
     choose_split(args)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     part, names = open_part(args)
@@ -117,6 +119,31 @@ def main(argv: Sequence[str]) -> int:
         write(results, args)
     accelerator.end_training()
     return 0
+
+
+def figure_file(args: EvalArguments) -> str | None:
+    """Return the file for the figure: the given one, or one beside the results."""
+    return args.picture or (str(Path(args.json).with_suffix(".png")) if args.json else None)
+
+
+def check_files(args: EvalArguments) -> None:
+    """Check before the work starts that results and figure can be written, and replace nothing that nobody named.
+
+    Raises:
+        FileExistsError: If the figure's file has no name of its own and another program wrote it.
+        OSError: If a file cannot be written.
+    """
+    figure = figure_file(args)
+    check_outputs([args.json, figure])
+    if figure is None:
+        return
+    if args.json is not None and Path(figure).resolve() == Path(args.json).resolve():
+        raise UsageError(f"{args.json} is to hold the results and the figure: name the figure with --picture")
+    if args.picture is None and Path(figure).is_file():
+        with Path(figure).open("rb") as file:
+            start = file.read(1000)
+        if f"Software\0{SOFTWARE}".encode() not in start:  # the text chunk of a PNG
+            raise FileExistsError(f"{figure} was not written by hf-vit: name another file with --picture")
 
 
 def choose_split(args: EvalArguments) -> None:
@@ -252,7 +279,7 @@ def write(results: dict[str, Any], args: EvalArguments) -> None:
         finite = {name: plain(value) if isinstance(value, float) else value for name, value in results.items()}
         with atomic_file(args.json) as temporary:
             Path(temporary).write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
-    figure = args.picture or (str(Path(args.json).with_suffix(".png")) if args.json else None)
+    figure = figure_file(args)
     if figure is not None and "confusion_matrix" in results:
         draw_confusion_matrix(np.array(results["confusion_matrix"]), list(results["per_class"]), figure)
         print(f"confusion matrix: {figure}")
@@ -277,8 +304,9 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], file: str) -
         for row, column in zip(*np.nonzero(matrix), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=7)
+    metadata = {"Software": SOFTWARE} if Path(file).suffix in ("", ".png") else None
     with atomic_file(file) as temporary:
-        figure.savefig(temporary, format=Path(file).suffix.lstrip(".") or "png", dpi=120)
+        figure.savefig(temporary, format=Path(file).suffix.lstrip(".") or "png", dpi=120, metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from hf_vit.explain import (
     position_similarity,
     save_figure,
 )
-from hf_vit.files import atomic_folder
+from hf_vit.files import atomic_folder, check_output
 
 
+GENERATOR = '<meta name="generator" content="hf-vit">'  # in every page
 WRITTEN = (
     "index.html",
     *(f"figures/[0-9][0-9]-*-{name}.png" for name in ("overview", "heads")),
@@ -41,6 +42,7 @@ WRITTEN = (
 
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
+    check_page(Path(args.output_dir))
     model = HfViTForImageClassification.from_pretrained(args.model_name_or_path).eval()
     processor = processor_of(args.model_name_or_path, model.config, image_size=args.image_size)
     images = [(Path(path).name, read_image(path)) for path in args.images]
@@ -66,6 +68,22 @@ def main(argv: list[str]) -> int:
         (staging / "index.html").write_text(page.html(), encoding="utf-8")
     print(f"open {Path(args.output_dir) / 'index.html'} in a browser; figures are beside it")
     return 0
+
+
+def check_page(folder: Path) -> None:
+    """Refuse a folder whose page or figures another program wrote, before the work starts.
+
+    Raises:
+        FileExistsError: if it holds such files.
+        OSError: if it cannot be written.
+    """
+    check_output(folder, overwrite=True)
+    page = folder / "index.html"
+    if page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")[:1000]:
+        return
+    names = [str(path.relative_to(folder)) for pattern in WRITTEN for path in folder.glob(pattern)]
+    if names:
+        raise FileExistsError(f"{folder} holds {names[0]}, which hf-vit did not write: choose another --output_dir")
 
 
 def draw_weights(model: PreTrainedModel, page: AttentionPage, folder: Path) -> None:

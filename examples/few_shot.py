@@ -32,7 +32,7 @@ from hf_vit.evaluation import (
     predict_nearest,
     read_shards,
 )
-from hf_vit.files import atomic_file
+from hf_vit.files import atomic_file, check_outputs
 
 
 @dataclass
@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     args = cast(FewShotArguments, parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0])
     if (args.embeddings is None) == (args.model_name_or_path is None or args.dataset is None):
         parser.error("expected either --embeddings, or --model_name_or_path and --dataset")
+    check_outputs([args.json])
     features = stored_features(args.embeddings) if args.embeddings else compute_features(args)
     results: dict[str, Any] = {name: getattr(args, name) for name in ("model_name_or_path", "dataset", "embeddings")}
     results = {"model": results.pop("model_name_or_path"), **results, "l2": args.l2}

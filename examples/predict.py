@@ -33,7 +33,7 @@ from hf_vit.evaluation import (
     problem_type_of,
     write_shards,
 )
-from hf_vit.files import atomic_file
+from hf_vit.files import atomic_file, check_outputs
 
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # looked for in folders
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"no images in {', '.join(args.images)}: expected files ending in {' '.join(sorted(SUFFIXES))}"
         )
+    check_outputs([args.json, args.csv])
     if not args.parquet and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("several processes write shards: expected --parquet FOLDER")
     model = HfViTForImageClassification.from_pretrained(args.model_name_or_path).eval()

@@ -64,6 +64,17 @@ def run_as_command(monkeypatch, script, *arguments):
 # -- a checkpoint in, a folder out
 
 
+def test_no_file_that_a_conversion_writes_replaces_one_of_the_user(tmp_path):
+    convert(TOKEN, tmp_path / "model")
+    for path in (tmp_path / "model").iterdir():
+        folder = tmp_path / f"of {path.name}"
+        folder.mkdir()
+        (folder / path.name).write_text("mine")
+        with pytest.raises(FileExistsError, match=f"{re.escape(path.name)}.*--overwrite"):
+            convert(TOKEN, folder)
+        assert [(each.name, each.read_text()) for each in folder.iterdir()] == [(path.name, "mine")]
+
+
 def test_a_converted_folder_is_complete_and_opens_as_its_checkpoint_does(tmp_path, capsys):
     certificate = convert(TOKEN, tmp_path / "model")
     files = {"README.md", "config.json", "model.safetensors", "parity.json", "preprocessor_config.json", *HUB_FILES}

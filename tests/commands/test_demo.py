@@ -16,6 +16,16 @@ from hf_vit import HfViTForImageClassification
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
+def test_a_folder_of_the_user_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("mine")
+    done = subprocess.run([sys.executable, DEMO, "--output_dir", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    expected = f"error: {tmp_path} holds files of others: choose another --output_dir, or remove it"
+    assert done.stderr.splitlines()[-1] == expected
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/config.json"]
+
+
 @pytest.mark.slow
 def test_the_demo_converts_proves_trains_and_leaves_a_model(tmp_path):
     out = tmp_path / "demo"

@@ -111,6 +111,13 @@ def test_shards_of_other_settings_are_refused_and_replaced_on_request(model, ima
     assert read_shards(tmp_path)[1]["pooling"] == "class"
 
 
+def test_a_shard_of_another_program_is_refused(model, images, tmp_path):
+    (tmp_path / "part-00000-of-00003.parquet").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="was not written by hf-vit"):
+        run_embed(model, tmp_path, "--images", str(images), "--overwrite", "true")
+    assert (tmp_path / "part-00000-of-00003.parquet").read_bytes() == b"mine"
+
+
 def test_an_unreadable_image_is_named_and_refused_or_skipped(model, images, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -17,7 +17,7 @@ from example_scripts import load_example
 
 from hf_vit import HfViTConfig, HfViTForImageClassification, HfViTImageProcessor
 from hf_vit.checkpoints.processors import processor_of
-from hf_vit.cli import run
+from hf_vit.cli import UsageError, run
 from hf_vit.data.augmentation import AugmentedImages
 from hf_vit.data.datasets import load_splits
 from hf_vit.data.images import ImageError
@@ -74,6 +74,26 @@ def evaluate(model: Path, images: Path, file: Path, *more: str) -> dict:
     arguments = ["--model_name_or_path", str(model), "--dataset", str(images), "--json", str(file)]
     assert load_example("eval").main([*arguments, "--num_workers", "0", *more]) == 0
     return json.loads(file.read_text())
+
+
+def test_a_figure_of_another_program_beside_the_results_is_refused_and_hf_vits_own_replaced(model, images, tmp_path):
+    (tmp_path / "report.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"report\.png was not written by hf-vit.*--picture"):
+        evaluate(Path("/nowhere"), images, tmp_path / "report.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+    for _ in range(2):
+        evaluate(model, images, tmp_path / "other.json")
+    evaluate(model, images, tmp_path / "report.json", "--picture", str(tmp_path / "report.png"))
+    with pytest.raises(UsageError, match="is to hold the results and the figure"):
+        evaluate(model, images, tmp_path / "all.png")
+
+
+@pytest.mark.parametrize("script", ["eval", "predict", "few_shot"])
+def test_a_file_that_cannot_be_written_is_found_before_the_model_is_opened(script, images, tmp_path):
+    place = [str(images)] if script == "predict" else ["--dataset", str(images)]
+    arguments = [*place, "--model_name_or_path", "/nowhere", "--json", str(tmp_path / "none" / "results.json")]
+    with pytest.raises(OSError, match="the folder does not exist: make it first"):
+        load_example(script).main(arguments)
 
 
 def test_the_results_equal_those_of_the_model_run_by_hand(model, images, tmp_path, capsys):

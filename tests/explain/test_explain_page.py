@@ -147,7 +147,19 @@ def test_the_command_writes_one_page_and_its_figures_and_keeps_what_was_there(tm
     html = (out / "index.html").read_text()
     assert "a three.png" in html
     assert '"patches": [6, 10]' in html
+    assert run_example("explain", digit, *arguments, "--image_size", 24, 40) == 0  # its own page is replaced
     assert str(out / "index.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["index.html", "figures/model-filters.png", "figures/01-a_three-heads.png"])
+def test_a_page_or_figure_of_another_program_is_refused(name, tmp_path, digit):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    arguments = ("--model_name_or_path", "/nowhere", "--output_dir", tmp_path / "out")
+    with pytest.raises(FileExistsError, match=f"{name}, which hf-vit did not write"):
+        run_example("explain", digit, *arguments)
+    assert path.read_text() == "mine"
 
 
 def test_a_random_twin_is_another_entry_and_leaves_the_figures_of_the_model_alone():

@@ -6,7 +6,16 @@ import os
 
 import pytest
 
-from hf_vit.files.output import check_output, check_outputs, check_writable, is_generated, mark, owned_files
+from hf_vit.files.output import (
+    CODE_FILES,
+    check_output,
+    check_outputs,
+    check_writable,
+    is_generated,
+    mark,
+    owned_files,
+)
+from hf_vit.hub.push import HUB_FILES
 
 
 CARD = "---\nlicense: mit\n---\n# Model\n\nText.\n"
@@ -46,6 +55,10 @@ def test_the_marker_survives_new_metadata_and_not_a_new_text(tmp_path):
     ):
         card.write_text(text, newline="")
         assert is_generated(card) is expected, text
+
+
+def test_the_code_that_travels_with_a_model_is_known():
+    assert CODE_FILES == HUB_FILES
 
 
 def test_companions_of_a_model_are_owned_only_beside_a_card_of_hf_vit(model):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,34 @@ def test_a_card_of_the_user_and_a_path_below_a_file_are_refused_before_the_image
     with pytest.raises(OSError, match="file"):
         run("finetune_trainer", root, tmp_path / "README.md" / "out", "--dataset=/nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--trainable=lora", "--lora_rank=2", "--merge_adapters=false"]], ids=["model", "adapter"]
+)
+@PEFT_ASKS
+def test_no_file_that_a_training_writes_replaces_one_of_the_user(options, root, tmp_path):
+    assert run("finetune_trainer", root, tmp_path / "run", "--max_steps=1", *options) == 0
+    names = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert {"README.md", "results.json", "recipe.toml", "training_curves.png", "log.jsonl"} <= names
+    for name in sorted(names):
+        folder = tmp_path / f"of {name}"
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        for more in ([], [f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"]):
+            with pytest.raises(FileExistsError, match=f"(?s){re.escape(name)}.*--overwrite_output_dir true"):
+                run("finetune_trainer", root, folder, "--dataset=/nowhere", *options, *more)
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "mine"
+
+
+def test_a_card_written_into_a_stopped_run_is_not_replaced_by_resuming(root, tmp_path):
+    assert run("finetune_trainer", root, tmp_path, "--max_steps=2") == 0
+    assert run("finetune_trainer", root, tmp_path, "--max_steps=2", "--resume_from_checkpoint=last") == 0
+    (tmp_path / "README.md").write_text("# My notes\n")
+    with pytest.raises(FileExistsError, match=r"README\.md was not written by hf-vit"):
+        run("finetune_trainer", root, tmp_path, "--max_steps=2", "--resume_from_checkpoint=last")
+    assert (tmp_path / "README.md").read_text() == "# My notes\n"
 
 
 def test_the_current_folder_is_a_place_for_a_model(root, tmp_path, monkeypatch):

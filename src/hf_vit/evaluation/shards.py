@@ -105,7 +105,7 @@ def write_shards(
         describe: Returns the columns that are known without the model, such as `path`, of indices.
         settings: Everything that the results depend on; recorded in each shard and compared with existing shards.
     Raises:
-        ValueError: If `folder` holds shards of other settings and `options.overwrite` is false.
+        ValueError: If `folder` holds shards of other settings and `options.overwrite` is false, or of other programs.
         ImageError: If an image cannot be read and `options.skip_unreadable` is false.
     """
     folder = Path(folder)
@@ -216,8 +216,10 @@ def _finished_shards(folder: Path, settings: dict[str, Any], *, overwrite: bool)
     finished = set()
     for file in sorted(folder.glob("part-*.parquet")):
         match, stored = _NAME.fullmatch(file.name), _settings_of(file)
-        if match is None or stored is None:
+        if match is None:
             continue
+        if stored is None:
+            raise ValueError(f"{file} was not written by hf-vit: choose another folder, or move it away")
         if stored == settings:
             finished.add(int(match[1]))
         elif overwrite:

@@ -66,7 +66,7 @@ def _kind_of_zip(path: Path, head: bytes) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the last: a newer version of zip
         names = []
     if any(name.endswith("/data.pkl") for name in names):
         return "torch"

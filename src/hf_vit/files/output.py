@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hf_vit.files.atomic import is_special, matches, why_irreplaceable
@@ -27,8 +27,18 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
 )
 MODEL_FILES = (*WEIGHT_FILES, "config.json", "preprocessor_config.json", CERTIFICATE)
+# The code of the model and its image processor, which travels with its weights.
+CODE_FILES = (
+    *("configuration_hf_vit.py", "image_processing_hf_vit.py", "image_resizing.py", "modeling_hf_vit.py"),
+    *("patch_embeddings.py", "position_embeddings.py", "resnetv2.py"),
+)
+# What a finished training writes besides.
+TRAINING_FILES = (
+    *("results.json", "recipe.toml", "training_curves.png", "log.jsonl"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
 # What a folder has besides if hf-vit wrote its card.
-COMPANION_FILES = (CARD, "results.json", "training_curves.png", ".eval_results/*.yaml", "*_hf_vit.py")
+COMPANION_FILES = (CARD, *CODE_FILES, "results.json", "training_curves.png", ".eval_results/*.yaml")
 CHECKPOINT_FILES = (
     *WEIGHT_FILES,
     *("config.json", "generation_config.json", "preprocessor_config.json", "adapter_config.json", "manifest.json"),
@@ -60,9 +70,31 @@ def is_generated(card: str | Path) -> bool:
     return found is not None and found[1] == _checksum(_MARKER.sub("", text))
 
 
+def existing_files(folder: str | Path, patterns: Collection[str]) -> list[str]:
+    """Return the names of the files of `folder` that match `patterns`; an empty file has nothing to lose."""
+    folder = Path(folder)
+    files = [path for path in folder.glob("*") if matches(path.relative_to(folder), patterns)]
+    return sorted(path.name for path in files if path.is_dir() or path.lstat().st_size)
+
+
+def check_card(folder: str | Path, *, flag: str = "--overwrite") -> None:
+    """Refuse to replace a card that hf-vit did not write, or that was edited since.
+
+    Raises:
+        FileExistsError: if the folder holds one.
+    """
+    card = Path(folder, CARD)
+    if card.is_file() and not is_generated(card):
+        raise FileExistsError(
+            f"{card} was not written by hf-vit, or was edited since: move it away, choose another folder, or pass "
+            f"{flag} to replace it"
+        )
+
+
 def check_output(
     folder: str | Path,
     *,
+    writes: Sequence[str] = (),
     overwrite: bool = False,
     source: str | Path | None = None,
     flag: str = "--overwrite",
@@ -74,6 +106,7 @@ def check_output(
     was edited since, is never replaced without `overwrite`.
 
     Args:
+        writes: Names of files that are written besides a model and its card.
         source: The local file that is converted.
         flag: How a user spells `overwrite`.
         needed: Bytes about to be written, where known.
@@ -89,15 +122,10 @@ def check_output(
         place = Path(source).resolve()
         if place.parent == folder.resolve() and matches(place.relative_to(folder.resolve()), MODEL_FILES):
             raise ValueError(f"{source} is the source and would be replaced: choose another output folder")
-    names = sorted(path.name for path in folder.glob("*") if matches(path.relative_to(folder), (*MODEL_FILES, CARD)))
+    names = existing_files(folder, (*MODEL_FILES, CARD, *writes))
     if not names or overwrite:
         return
-    is_own = CARD not in names or is_generated(folder / CARD)
-    if not is_own:
-        raise FileExistsError(
-            f"{folder / CARD} was not written by hf-vit, or was edited since: move it away, choose another folder, or "
-            f"pass {flag} to replace it"
-        )
+    check_card(folder, flag=flag)
     if source is None or not Path(source).is_file() or _certified_source(folder) != _sha256(Path(source)):
         raise FileExistsError(
             f"{folder} already holds {', '.join(names[:3])}: choose another folder, or pass {flag} to replace them"

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult
 from transformers import TrainerCallback
 
 from hf_vit.files.atomic import atomic_folder
-from hf_vit.files.output import CARD, mark, owned_files
+from hf_vit.files.output import CARD, TRAINING_FILES, mark, owned_files
 from hf_vit.hub.push import push, write_model_card
 from hf_vit.training.arguments import DataArguments, HfViTTrainingArguments
 from hf_vit.training.command_line import effective_settings, format_settings
@@ -23,9 +23,8 @@ from hf_vit.training.curves import draw_curves
 from hf_vit.training.sharding import is_sharded, whole
 
 
-# Files of a finished training besides those of every model folder.
-OWN_FILES = ("recipe.toml", "adapter_config.json", "adapter_model.safetensors")
 LOG = "log.jsonl"
+_REPLACED = tuple(name for name in TRAINING_FILES if name != LOG)  # at the end of a training
 
 
 class JsonLog(TrainerCallback):
@@ -101,7 +100,7 @@ def export(
     is_adapter = hasattr(trained, "merge_and_unload") and not merge_adapters
     if hasattr(trained, "merge_and_unload") and merge_adapters:
         trained = trained.merge_and_unload()
-    with atomic_folder(folder, owned=(*owned_files(folder), *OWN_FILES)) as staging:
+    with atomic_folder(folder, owned=(*owned_files(folder), *_REPLACED)) as staging:
         trained.save_pretrained(staging, state_dict=weights)
         task.processor.save_pretrained(staging)
         (staging / "results.json").write_text(json.dumps(dict(results), indent=2) + "\n", encoding="utf-8")
@@ -117,8 +116,8 @@ def export(
                 recipe=settings,
                 results=_card_results(str(settings["dataset"]), results),
             )
-            card = (staging / CARD).read_text(encoding="utf-8")
-            (staging / CARD).write_text(mark(card), encoding="utf-8")
+        card = staging / CARD
+        card.write_text(mark(card.read_text(encoding="utf-8")), encoding="utf-8")
     return Path(folder)
 
 
@@ -168,7 +167,7 @@ def _push_adapter(folder: Path, repo_id: str, args: HfViTTrainingArguments, *, d
 
     api = HfApi(library_name="hf_vit", token=args.hub_token)
     repo_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
-    names = [*OWN_FILES, CARD, "preprocessor_config.json", "results.json", "training_curves.png"]
+    names = [*_REPLACED, CARD, "preprocessor_config.json"]
     api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names)
     return f" and on the Hub as the PEFT adapter {repo_id}"
 

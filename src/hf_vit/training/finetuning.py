@@ -27,7 +27,7 @@ from hf_vit.training.exporting import JsonLog, TimeEstimate
 from hf_vit.training.loaders import collate
 from hf_vit.training.losses import MULTI_LABEL, SINGLE_LABEL
 from hf_vit.training.recipes import model_settings
-from hf_vit.training.resuming import check_output_folder, remove_old_checkpoints
+from hf_vit.training.resuming import check_output_folder, remove_old_checkpoints, wants_resume
 from hf_vit.training.trainer import HfViTTrainer
 
 
@@ -75,8 +75,8 @@ def prepare(
         FileExistsError: if the output folder holds a run; see `check_output_folder`.
         ValueError: if arguments contradict each other or the labels.
     """
-    is_resumed = str(args.resume_from_checkpoint or "false").lower() != "false"
-    check_output_folder(args.output_dir, is_resumed=is_resumed, overwrite=args.overwrite_output_dir)
+    is_resumed = wants_resume(args.resume_from_checkpoint)
+    check_output_folder(args.output_dir, resumed=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir)
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError("a stream has no epochs: set the length of the training with --max_steps")
     splits = _open_splits(data_args)

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_vit.files.errors import CheckpointError
-from hf_vit.files.output import CARD, check_writable, is_generated
+from hf_vit.files.output import (
+    CODE_FILES,
+    MODEL_FILES,
+    TRAINING_FILES,
+    check_card,
+    check_writable,
+    existing_files,
+)
 from hf_vit.training.checkpointing import ARGUMENTS_FILE, MANIFEST, checkpoints_of
 
 
@@ -29,22 +36,22 @@ _HARMLESS = (
 _SHOWN = 4
 
 
-def check_output_folder(folder: str | Path, *, is_resumed: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds a run or a model before anything is started.
+def check_output_folder(folder: str | Path, *, resumed: str | bool | None, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, a model or a file that the training would replace, before it starts.
 
+    Args:
+        resumed: `--resume_from_checkpoint`. A run that goes on in its own folder replaces its own files.
     Raises:
         FileExistsError: if it does, and neither resuming nor overwriting was requested.
         OSError: if the folder cannot be made or written.
     """
     folder = Path(folder)
     check_writable(folder, is_folder=True)
-    if is_resumed or overwrite:
+    if overwrite:
         return
-    if (folder / CARD).is_file() and not is_generated(folder / CARD):
-        raise FileExistsError(
-            f"{folder / CARD} was not written by hf-vit, or was edited since: move it away, choose another "
-            f"--output_dir, or replace it with --overwrite_output_dir true"
-        )
+    check_card(folder, flag="--overwrite_output_dir true")
+    if wants_resume(resumed) and _is_within(str(resumed), folder):
+        return
     steps = [path.name for path in checkpoints_of(folder)]
     has_model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     if steps or has_model:
@@ -53,6 +60,20 @@ def check_output_folder(folder: str | Path, *, is_resumed: bool, overwrite: bool
             f"{folder} holds {what}: continue it with --resume_from_checkpoint last, replace it with "
             f"--overwrite_output_dir true, or choose another --output_dir"
         )
+    if names := existing_files(folder, (*MODEL_FILES, *CODE_FILES, *TRAINING_FILES)):
+        raise FileExistsError(
+            f"{folder} holds {', '.join(names[:3])}, which the training would replace: move them away, choose another "
+            f"--output_dir, or replace them with --overwrite_output_dir true"
+        )
+
+
+def wants_resume(value: str | bool | None) -> bool:
+    """Return whether a value of `--resume_from_checkpoint` requests to continue."""
+    return str(value or "false").lower() != "false"
+
+
+def _is_within(resumed: str, folder: Path) -> bool:
+    return resumed.lower() in ("true", "last") or Path(resumed).resolve().is_relative_to(folder.resolve())
 
 
 def remove_old_checkpoints(folder: str | Path) -> None:
