@@ -102,24 +102,8 @@ def verify_parity(model_path: str | Path, checkpoint: str | Path, *, source: str
             name: gap for name, gap in _distances(ours, exact).items() if NOISE_FACTOR * gap > bounds.get(name, np.inf)
         }
         bounds |= {name: NOISE_FACTOR * gap for name, gap in noise.items()}
-    with Path(checkpoint).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Certificate(
-        source=source or Path(checkpoint).name,
-        sha256=digest,
-        tensors=tensors,
-        dtype="float32",
-        head=head,
-        image_size=(height, width),
-        pictures=len(images),
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("hf-vit", "torch", "transformers", "numpy")},
-        differences=differences,
-        relative_differences={name: gap / (_largest(theirs[name]) or 1.0) for name, gap in differences.items()},
-        bounds=bounds,
-        bound=bounds["logits" if "logits" in bounds else "features"],
-        float32_noise=noise,
-        passed=not excesses(differences, bounds),
+    return _certify(
+        checkpoint, source, differences, theirs, bounds, tensors=tensors, head=head, images=images, noise=noise
     )
 
 
@@ -140,24 +124,49 @@ def verify_stock(folder: Path, checkpoint: Path, config: HfViTConfig, *, source:
         raise ValueError(f"{source}: has no head of {config.num_labels} classes to compare: pass --verify false")
     differences = _distances({"logits": theirs["logits"]}, {"logits": logits})
     bound = bound_of("logits", theirs["logits"], is_hybrid=False)
-    with checkpoint.open("rb") as file:
+    return _certify(
+        checkpoint,
+        source,
+        differences,
+        theirs,
+        {"logits": bound},
+        tensors=tensors,
+        head=head,
+        images=images,
+        noise={},
+    )
+
+
+def _certify(
+    checkpoint: str | Path,
+    source: str | None,
+    differences: dict[str, float],
+    theirs: dict[str, np.ndarray],
+    bounds: dict[str, float],
+    *,
+    tensors: int,
+    head: str,
+    images: np.ndarray,
+    noise: dict[str, float],
+) -> Certificate:
+    with Path(checkpoint).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Certificate(
-        source=source,
+        source=source or Path(checkpoint).name,
         sha256=digest,
         tensors=tensors,
         dtype="float32",
         head=head,
-        image_size=(height, width),
+        image_size=images.shape[1:3],
         pictures=len(images),
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("hf-vit", "torch", "transformers", "numpy")},
         differences=differences,
-        relative_differences={"logits": differences["logits"] / (_largest(theirs["logits"]) or 1.0)},
-        bounds={"logits": bound},
-        bound=bound,
-        float32_noise={},
-        passed=not excesses(differences, {"logits": bound}),
+        relative_differences={name: gap / (_largest(theirs[name]) or 1.0) for name, gap in differences.items()},
+        bounds=bounds,
+        bound=bounds["logits" if "logits" in bounds else "features"],
+        float32_noise=noise,
+        passed=not excesses(differences, bounds),
     )
 
 
