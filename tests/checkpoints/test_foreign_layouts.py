@@ -68,7 +68,7 @@ def of_timm(folder, architecture="vit_tiny_patch16_224", **arguments):
     return model
 
 
-def pictures(height=32, width=32):
+def sample_images(height=32, width=32):
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -127,7 +127,7 @@ def test_one_network_in_every_layout_comes_back_and_computes_what_each_library_d
         loaded = HfViTForImageClassification.from_pretrained(tmp_path / source, **told)
         assert_equal_weights(loaded, model.state_dict())
         with torch.no_grad():
-            assert_same(loaded(pictures()).logits, theirs(pictures()).logits)
+            assert_same(loaded(sample_images()).logits, theirs(sample_images()).logits)
 
 
 def test_one_network_in_the_layout_of_the_seed_comes_back_with_its_numerics(tmp_path):
@@ -151,7 +151,7 @@ def test_swapped_names_would_be_seen(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = HfViTForImageClassification.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert (loaded(pictures()).logits - model(pictures()).logits).abs().max() > 1e-4
+        assert (loaded(sample_images()).logits - model(sample_images()).logits).abs().max() > 1e-4
 
 
 # -- transformers
@@ -165,7 +165,7 @@ def test_transformers_classifier(tmp_path, has_old_names, fields):
     model = stock(**fields, id2label={i: f"kind {i}" for i in range(5)})
     model.save_pretrained(tmp_path, save_original_format=has_old_names)
     loaded = HfViTForImageClassification.from_pretrained(tmp_path)
-    x = pictures(*fields.get("image_size", (32, 32)))
+    x = sample_images(*fields.get("image_size", (32, 32)))
     with torch.no_grad():
         assert_same(loaded(x).logits, model(x).logits)
     config = loaded.config
@@ -180,7 +180,7 @@ def test_transformers_base_model_keeps_its_pooler_and_a_head_does_not_use_it(tmp
     model.save_pretrained(tmp_path, save_original_format=has_old_names)
     loaded = HfViTModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        ours, theirs = loaded(pictures()), model(pictures())
+        ours, theirs = loaded(sample_images()), model(sample_images())
     assert_same(ours.last_hidden_state, theirs.last_hidden_state)
     assert_same(ours.pooler_output, theirs.pooler_output)
     assert loaded.config.representation_size == 24
@@ -191,10 +191,10 @@ def test_transformers_base_model_keeps_its_pooler_and_a_head_does_not_use_it(tmp
     assert "not read: -pooler.dense.bias, -pooler.dense.weight" in caplog.text
     assert "newly initialized" in caplog.text
     with torch.no_grad():
-        assert_same(classifier.vit(pictures()).pooler_output, theirs.last_hidden_state[:, 0])
+        assert_same(classifier.vit(sample_images()).pooler_output, theirs.last_hidden_state[:, 0])
     kept = HfViTForImageClassification.from_pretrained(tmp_path, num_labels=7, representation_size=24)
     with torch.no_grad():
-        assert_same(kept.vit(pictures()).pooler_output, theirs.pooler_output)
+        assert_same(kept.vit(sample_images()).pooler_output, theirs.pooler_output)
 
 
 def test_transformers_base_model_without_pooler(tmp_path):
@@ -202,7 +202,7 @@ def test_transformers_base_model_without_pooler(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = HfViTModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert_same(loaded(pictures()).last_hidden_state, model(pictures()).last_hidden_state)
+        assert_same(loaded(sample_images()).last_hidden_state, model(sample_images()).last_hidden_state)
     assert loaded.pre_logits is None
 
 
@@ -210,10 +210,10 @@ def test_transformers_head_and_base_load_into_each_other_and_into_a_backbone(tmp
     model = stock()
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        expected = model.vit(pictures()).last_hidden_state
-        assert_same(HfViTModel.from_pretrained(tmp_path)(pictures()).last_hidden_state, expected)
+        expected = model.vit(sample_images()).last_hidden_state
+        assert_same(HfViTModel.from_pretrained(tmp_path)(sample_images()).last_hidden_state, expected)
         backbone = HfViTBackbone.from_pretrained(tmp_path, reshape_hidden_states=False)
-        assert_same(backbone(pictures()).feature_maps[-1], expected)
+        assert_same(backbone(sample_images()).feature_maps[-1], expected)
 
 
 def test_transformers_masked_image_model(tmp_path):
@@ -222,7 +222,7 @@ def test_transformers_masked_image_model(tmp_path):
     loaded = HfViTForMaskedImageModeling.from_pretrained(tmp_path)
     mask = torch.arange(32).reshape(2, 16) % 3 == 0
     with torch.no_grad():
-        ours, theirs = loaded(pictures(), bool_masked_pos=mask), model(pictures(), bool_masked_pos=mask)
+        ours, theirs = loaded(sample_images(), bool_masked_pos=mask), model(sample_images(), bool_masked_pos=mask)
     assert_same(ours.reconstruction, theirs.reconstruction)
     assert_same(ours.loss, theirs.loss)
 
@@ -237,7 +237,7 @@ def test_deit_without_its_distillation_token_loads_and_with_it_is_refused(tmp_pa
     save_file(weights, tmp_path / "plain" / "model.safetensors")
     loaded = HfViTForImageClassification.from_pretrained(tmp_path / "plain")
     with torch.no_grad():
-        assert_same(loaded(pictures()).logits, model(pictures()).logits)
+        assert_same(loaded(sample_images()).logits, model(sample_images()).logits)
     DeiTModel(DeiTConfig(**STOCK)).save_pretrained(tmp_path / "distilled")
     with pytest.raises(CheckpointError, match="a distillation token"):
         HfViTModel.from_pretrained(tmp_path / "distilled")
@@ -250,10 +250,10 @@ def test_shards_a_subfolder_and_pickled_weights_load_alike(tmp_path):
     (tmp_path / "b").mkdir()
     torch.save(model.state_dict(), tmp_path / "b" / "pytorch_model.bin")
     model.config.save_pretrained(tmp_path / "b")
-    expected = model(pictures()).logits
+    expected = model(sample_images()).logits
     for source, options in ((tmp_path / "a", {"subfolder": "deep"}), (tmp_path / "b", {})):
         loaded = HfViTForImageClassification.from_pretrained(source, **options)
-        assert_same(loaded(pictures()).logits, expected)
+        assert_same(loaded(sample_images()).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_timm_classifier(tmp_path, architecture, arguments):
     model = of_timm(tmp_path, architecture, **arguments)
     loaded = HfViTForImageClassification.from_pretrained(tmp_path)
     size = arguments.get("img_size", 32)
-    x = pictures(*((size, size) if isinstance(size, int) else size))
+    x = sample_images(*((size, size) if isinstance(size, int) else size))
     with torch.no_grad():
         assert_same(loaded(x).logits, model(x))
     assert (loaded.config.layer_norm_eps, loaded.config.position_resampling) == (1e-6, "bicubic_antialias")
@@ -319,14 +319,15 @@ def test_timm_hybrid(tmp_path):
     config = loaded.config
     assert (config.resnet_layers, config.patch_size, config.resnet_norm_eps) == ([2, 2, 2, 2], 1, 1e-5)
     with torch.no_grad():  # in float64: 26 random convolutions round to 1e-5 in float32
-        got, expected = loaded.double()(pictures(64, 64).double()).logits, model.double()(pictures(64, 64).double())
+        x = sample_images(64, 64).double()
+        got, expected = loaded.double()(x).logits, model.double()(x)
     assert_same(got, expected, tolerance=1e-9)
 
 
 def test_timm_without_a_head(tmp_path):
     model = of_timm(tmp_path, num_classes=0)
     with torch.no_grad():
-        assert_same(HfViTModel.from_pretrained(tmp_path)(pictures()).pooler_output, model(pictures()))
+        assert_same(HfViTModel.from_pretrained(tmp_path)(sample_images()).pooler_output, model(sample_images()))
     assert HfViTForImageClassification.from_pretrained(tmp_path, num_labels=3).classifier.out_features == 3
 
 
@@ -404,7 +405,7 @@ def test_timm_weights_alone_need_a_preset_or_the_heads(tmp_path):
             HfViTForImageClassification.from_pretrained(source)
         loaded = HfViTForImageClassification.from_pretrained(source, num_attention_heads=4)
         with torch.no_grad():
-            assert_same(loaded(pictures()).logits, model(pictures()))
+            assert_same(loaded(sample_images()).logits, model(sample_images()))
     with pytest.raises(CheckpointError, match="hidden_size is 32, but the preset ViT-Ti_16 has 192"):
         HfViTForImageClassification.from_pretrained(file, preset="ViT-Ti_16")
     with pytest.raises(ValueError, match="no preset is called 'ViT-X'"):
@@ -419,7 +420,7 @@ def test_a_preset_tells_the_heads_of_weights_alone(tmp_path):
     loaded = HfViTForImageClassification.from_pretrained(tmp_path / "m.pth", preset="ViT-Ti_16")
     assert (loaded.config.num_attention_heads, loaded.config.image_size) == (3, 32)
     with torch.no_grad():
-        assert_same(loaded(pictures()).logits, model(pictures()))
+        assert_same(loaded(sample_images()).logits, model(sample_images()))
 
 
 def test_the_seed_implementation_computes_with_the_exact_gelu(tmp_path):
@@ -431,7 +432,7 @@ def test_the_seed_implementation_computes_with_the_exact_gelu(tmp_path):
     torch.save(names, tmp_path / "checkpoint.bin")
     loaded = HfViTForImageClassification.from_pretrained(tmp_path / "checkpoint.bin", num_attention_heads=4)
     with torch.no_grad():
-        assert torch.equal(loaded(pictures()).logits, model(pictures()).logits)
+        assert torch.equal(loaded(sample_images()).logits, model(sample_images()).logits)
     names["transformer.embeddings.hybrid_model.root.conv.weight"] = torch.zeros(64, 3, 7, 7)
     torch.save(names, tmp_path / "hybrid.bin")
     with pytest.raises(CheckpointError, match=r"load the original \.npz file"):
@@ -442,7 +443,7 @@ def test_the_seed_implementation_computes_with_the_exact_gelu(tmp_path):
 
 
 def test_image_size_resamples_as_each_library_does(tmp_path):
-    x = pictures(48, 64)
+    x = sample_images(48, 64)
     model = stock()
     model.save_pretrained(tmp_path / "stock")
     ours = HfViTForImageClassification.from_pretrained(tmp_path / "stock", image_size=(48, 64))

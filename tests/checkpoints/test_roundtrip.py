@@ -32,7 +32,7 @@ VIT_JAX_FAMILIES = {
     "no head": {"num_labels": 0},
     "gray": {"num_channels": 1},
     "tall patch": {"patch_size": [8, 16], "image_size": [16, 64]},
-    "wide picture": {"image_size": [16, 48]},
+    "wide image": {"image_size": [16, 48]},
     "twelve blocks": {"num_hidden_layers": 12},
     "root": {**STEM, "patch_size": 4, "resnet_layers": []},
     "three stages": {**STEM, "resnet_layers": [1, 2, 1]},

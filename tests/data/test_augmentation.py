@@ -29,24 +29,24 @@ WHOLE = Augment(crop_area=None, flip=0.0)
 EVERYTHING = Augment(randaugment_ops=2, erasing=0.5)
 
 
-class Pictures:
-    """Noise of 20 x 14 pixels (width x height), or the given pictures, with labels 0...3."""
+class Samples:
+    """Noise of 20 x 14 pixels (width x height), or the given samples, with labels 0...3."""
 
-    def __init__(self, pictures=None, length=12):
+    def __init__(self, samples=None, length=12):
         generator = np.random.default_rng(0)
         noise = [generator.integers(0, 256, (14, 20, 3), dtype=np.uint8) for _ in range(length)]
-        self.pictures = [PIL.Image.fromarray(pixels) for pixels in (pictures or noise)]
+        self.samples = [PIL.Image.fromarray(pixels) for pixels in (samples or noise)]
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.samples)
 
     def __getitem__(self, index):
-        return {"image": self.pictures[index], "label": index % 4}
+        return {"image": self.samples[index], "label": index % 4}
 
 
-def images(augment=EVERYTHING, *, seed=0, pictures=None, length=12, **processor) -> AugmentedImages:
+def images(augment=EVERYTHING, *, seed=0, samples=None, length=12, **processor) -> AugmentedImages:
     processor = HfViTImageProcessor(**({"size": SIZE} | processor))
-    return AugmentedImages(Pictures(pictures, length), processor, augment=augment, seed=seed)
+    return AugmentedImages(Samples(samples, length), processor, augment=augment, seed=seed)
 
 
 def batches(dataset, *, collate=collate_images, epochs=2, **loader):
@@ -67,7 +67,7 @@ def assert_equal_batches(found, expected):
 
 
 def coordinates(height=40, width=50) -> np.ndarray:
-    """A picture whose red is the column and whose green is the row."""
+    """An image whose red is the column and whose green is the row."""
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     return np.stack([columns, rows, np.zeros_like(rows)], axis=-1)
 
@@ -96,8 +96,8 @@ def test_spawned_workers_that_live_on_see_the_epoch_change():
 
 
 def test_seed_epoch_and_index_each_change_the_augmentation():
-    pictures = [np.asarray(Pictures().pictures[0])] * 2
-    one, other = images(seed=0, pictures=pictures), images(seed=1, pictures=pictures)
+    samples = [np.asarray(Samples().samples[0])] * 2
+    one, other = images(seed=0, samples=samples), images(seed=1, samples=samples)
     first = one[0]["pixel_values"]
     assert torch.equal(one[0]["pixel_values"], first)
     assert not torch.equal(one[1]["pixel_values"], first)
@@ -143,10 +143,10 @@ def test_an_epoch_resumed_in_its_middle_gives_the_rest_bit_for_bit():
 
 def test_a_stream_augments_an_image_the_same_whoever_reads_it_and_anew_each_epoch(tmp_path):
     for split in ("train", "test"):
-        for number, picture in enumerate(Pictures().pictures):
+        for number, sample in enumerate(Samples().samples):
             folder = tmp_path / split / ("cat" if number % 2 else "dog")
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{number}.png")
+            sample.save(folder / f"{number}.png")
     stream = load_splits(str(tmp_path), streaming=True)["train"]
     processor = HfViTImageProcessor(size=SIZE)
     once, endless = (AugmentedStream(stream, processor, augment=EVERYTHING, repeat=repeat) for repeat in (False, True))
@@ -199,17 +199,17 @@ accelerator.end_training()
 @pytest.mark.slow
 def test_two_ranks_share_an_epoch_and_the_search_for_bad_images(tmp_path):
     for folder in ("good", "bad"):
-        for number, picture in enumerate(Pictures(length=10).pictures):
+        for number, sample in enumerate(Samples(length=10).samples):
             name = "cat" if number < 5 or folder == "bad" else "dog"
             (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
-            picture.save(tmp_path / folder / name / f"{number:02d}.png")
+            sample.save(tmp_path / folder / name / f"{number:02d}.png")
     (tmp_path / "bad" / "dog").mkdir()
     for number in range(2):
-        Pictures(length=10).pictures[number].save(tmp_path / "bad" / "dog" / f"dog{number}.png")
+        Samples(length=10).samples[number].save(tmp_path / "bad" / "dog" / f"dog{number}.png")
     bad = ["09.png", "zz.png"]  # in the first chunk, and in the second
     (tmp_path / "bad" / "cat" / "10.png").write_bytes((tmp_path / "bad" / "cat" / "00.png").read_bytes())
     for name in bad:
-        (tmp_path / "bad" / "cat" / name).write_bytes(b"no picture")
+        (tmp_path / "bad" / "cat" / name).write_bytes(b"no image")
     (tmp_path / "run.py").write_text(TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "run.py"), str(tmp_path / "good"), str(tmp_path / "bad")]
@@ -236,7 +236,7 @@ def test_two_ranks_share_an_epoch_and_the_search_for_bad_images(tmp_path):
 @pytest.mark.parametrize("protocol", ["vit_jax", "transformers", "big_vision"])
 def test_without_augmentation_the_pixels_are_the_processors(protocol):
     dataset = images(None, protocol=protocol)
-    expected = HfViTImageProcessor(protocol=protocol, size=SIZE)(Pictures()[2]["image"], return_tensors="pt")
+    expected = HfViTImageProcessor(protocol=protocol, size=SIZE)(Samples()[2]["image"], return_tensors="pt")
     assert torch.equal(dataset[2]["pixel_values"], expected["pixel_values"][0])
 
 
@@ -256,7 +256,7 @@ def test_the_whole_image_unflipped_is_what_the_processor_gives(fields):
 
 
 def test_crops_keep_to_the_references_area_and_aspect_ratio():
-    dataset = images(Augment(flip=0.0), pictures=[coordinates()] * 300, do_rescale=False, do_normalize=False)
+    dataset = images(Augment(flip=0.0), samples=[coordinates()] * 300, do_rescale=False, do_normalize=False)
     pixels = torch.stack([dataset[index]["pixel_values"] for index in range(300)])
     # the middle of the first and last output pixel lie half a step inside the box
     width = (pixels[:, 0].amax((1, 2)) - pixels[:, 0].amin((1, 2))) * 16 / 15
@@ -270,9 +270,9 @@ def test_crops_keep_to_the_references_area_and_aspect_ratio():
 
 
 def test_half_of_the_images_are_mirrored_and_none_when_told():
-    pictures = [coordinates()] * 200
-    upright = images(WHOLE, pictures=pictures)[0]["pixel_values"]
-    flipped = images(Augment(crop_area=None, flip=0.5), pictures=pictures)
+    samples = [coordinates()] * 200
+    upright = images(WHOLE, samples=samples)[0]["pixel_values"]
+    flipped = images(Augment(crop_area=None, flip=0.5), samples=samples)
     mirrored = [torch.equal(flipped[index]["pixel_values"], upright.flip(-1)) for index in range(200)]
     straight = [torch.equal(flipped[index]["pixel_values"], upright) for index in range(200)]
     assert 70 < sum(mirrored) < 130
@@ -280,8 +280,8 @@ def test_half_of_the_images_are_mirrored_and_none_when_told():
 
 
 def test_erasing_puts_the_mean_colour_into_one_box():
-    pictures = [np.full((14, 20, 3), 255, np.uint8)] * 20
-    dataset = images(Augment(crop_area=None, flip=0.0, erasing=1.0), pictures=pictures)
+    samples = [np.full((14, 20, 3), 255, np.uint8)] * 20
+    dataset = images(Augment(crop_area=None, flip=0.0, erasing=1.0), samples=samples)
     for index in range(20):
         erased = dataset[index]["pixel_values"][0] == 0
         rows, columns = erased.any(1).sum(), erased.any(0).sum()

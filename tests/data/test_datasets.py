@@ -25,7 +25,7 @@ from hf_vit.data.datasets import (
 from hf_vit.data.images import ImageError
 
 
-def write_picture(path: Path, color: int = 0, *, size: tuple[int, int] = (12, 8)) -> Path:
+def write_image(path: Path, color: int = 0, *, size: tuple[int, int] = (12, 8)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.new("RGB", size, (color, 0, 255 - color)).save(path)
     return path
@@ -33,19 +33,19 @@ def write_picture(path: Path, color: int = 0, *, size: tuple[int, int] = (12, 8)
 
 def write_folders(root: Path, counts: dict[str, int]) -> Path:
     for number, (folder, count) in enumerate(counts.items()):
-        for picture in range(count):
-            write_picture(root / folder / f"{picture}.png", 40 * number + picture)
+        for image in range(count):
+            write_image(root / folder / f"{image}.png", 40 * number + image)
     return root
 
 
 def spoil(root: Path) -> list[str]:
-    """Three bad pictures beside the good ones: cut short, empty, text."""
+    """Three bad images beside the good ones: cut short, empty, text."""
     good = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     PIL.Image.fromarray(noise).save(good, "jpeg")
     (root / "cat" / "cut.jpg").write_bytes(good.getvalue()[: len(good.getvalue()) // 2])
     (root / "dog" / "empty.png").write_bytes(b"")
-    (root / "dog" / "text.jpg").write_text("this is not a picture")
+    (root / "dog" / "text.jpg").write_text("this is not an image")
     return ["cut.jpg", "empty.png", "text.jpg"]
 
 
@@ -59,9 +59,9 @@ def labels_of(part) -> list[int]:
     return [row["label"] for row in part.select_columns("label")]
 
 
-def write_parquet(path: Path, pictures: list, labels: list, feature, names=("img", "target")) -> Path:
+def write_parquet(path: Path, images: list, labels: list, feature, names=("img", "target")) -> Path:
     features = datasets.Features({names[0]: datasets.Image(decode=False), names[1]: feature})
-    datasets.Dataset.from_dict({names[0]: pictures, names[1]: labels}, features=features).to_parquet(str(path))
+    datasets.Dataset.from_dict({names[0]: images, names[1]: labels}, features=features).to_parquet(str(path))
     return path
 
 
@@ -259,9 +259,9 @@ def test_images_are_upright_rgb_and_sixteen_bits_are_scaled(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     PIL.Image.fromarray(ramp).save(tmp_path / "dog" / "deep.png")
     splits = load_splits(str(tmp_path))
-    pictures = {row["image"].size: row["image"] for part in splits.values() for row in part}
-    assert set(pictures) == {(12, 8), (8, 12), (8, 8)}
-    np.testing.assert_allclose(np.asarray(pictures[8, 8])[..., 0], ramp / 257, atol=1)
+    images = {row["image"].size: row["image"] for part in splits.values() for row in part}
+    assert set(images) == {(12, 8), (8, 12), (8, 8)}
+    np.testing.assert_allclose(np.asarray(images[8, 8])[..., 0], ramp / 257, atol=1)
 
 
 @pytest.mark.reliability(row="I03")
@@ -303,9 +303,9 @@ def test_embedded_images_with_unusual_columns_are_found(tmp_path):
 
 
 def test_a_bad_embedded_image_is_named_by_its_row_and_file(tmp_path):
-    pictures = [{"bytes": png(1), "path": None}, {"bytes": b"no", "path": "b.png"}, {"bytes": b"", "path": None}]
-    pictures.append({"bytes": png(2), "path": None})
-    file = write_parquet(tmp_path / "data.parquet", pictures, [0, 0, 0, 1], datasets.ClassLabel(names=["a", "b"]))
+    images = [{"bytes": png(1), "path": None}, {"bytes": b"no", "path": "b.png"}, {"bytes": b"", "path": None}]
+    images.append({"bytes": png(2), "path": None})
+    file = write_parquet(tmp_path / "data.parquet", images, [0, 0, 0, 1], datasets.ClassLabel(names=["a", "b"]))
     with pytest.raises(ImageError, match=r"2 of 4 images cannot be read[^$]*row 1 \(b\.png\): "):
         load_splits(str(file), cache_dir=str(tmp_path / "cache"))
 
@@ -319,9 +319,9 @@ def test_a_bad_embedded_image_is_named_by_its_row_and_file(tmp_path):
     ],
 )
 def test_text_and_integers_become_classes(tmp_path, labels, names):
-    pictures = [{"bytes": png(color), "path": None} for color in range(4)]
+    images = [{"bytes": png(color), "path": None} for color in range(4)]
     feature = datasets.Value("string" if isinstance(labels[0], str) else "int64")
-    file = write_parquet(tmp_path / "data.parquet", pictures, labels, feature)
+    file = write_parquet(tmp_path / "data.parquet", images, labels, feature)
     splits = load_splits(str(file), cache_dir=str(tmp_path / "cache"), test_size=0.5)
     assert splits["train"].features["label"].names == names
     for part in splits.values():
@@ -330,33 +330,33 @@ def test_text_and_integers_become_classes(tmp_path, labels, names):
 
 
 def test_missing_labels_are_counted_and_one_column_of_floats_is_a_regression(tmp_path):
-    pictures = [{"bytes": png(color), "path": None} for color in range(3)]
-    file = write_parquet(tmp_path / "a.parquet", pictures, ["x", None, None], datasets.Value("string"))
+    images = [{"bytes": png(color), "path": None} for color in range(3)]
+    file = write_parquet(tmp_path / "a.parquet", images, ["x", None, None], datasets.Value("string"))
     with pytest.raises(ValueError, match=r"train: 2 of 3 labels are missing \(rows 1, 2"):
         load_splits(str(file), cache_dir=str(tmp_path / "cache"))
-    file = write_parquet(tmp_path / "b.parquet", pictures, [0.5, 1.0, 2.0], datasets.Value("float32"))
+    file = write_parquet(tmp_path / "b.parquet", images, [0.5, 1.0, 2.0], datasets.Value("float32"))
     assert load_splits(str(file), cache_dir=str(tmp_path / "cache")).problem_type == "regression"
 
 
 def test_a_test_part_with_secret_answers_gives_way_to_validation(tmp_path):
     classes = datasets.ClassLabel(names=["a", "b"])
-    pictures = [{"bytes": png(color), "path": None} for color in range(4)]
+    images = [{"bytes": png(color), "path": None} for color in range(4)]
     for split, labels in {"train": [0, 1, 0, 1], "validation": [1, 1, 0, 0], "test": [-1] * 4}.items():
-        write_parquet(tmp_path / f"{split}.parquet", pictures, labels, classes)
+        write_parquet(tmp_path / f"{split}.parquet", images, labels, classes)
     splits = load_splits(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert labels_of(splits[splits.held_out]) == [1, 1, 0, 0]
 
 
 def test_a_column_is_found_by_type_then_by_name_or_asked_for():
-    picture, classes, text = datasets.Image(), datasets.ClassLabel(names=["a"]), datasets.Value("string")
-    assert find_column(datasets.Features({"scan": picture, "image": text}), "image") == "scan"
+    image, classes, text = datasets.Image(), datasets.ClassLabel(names=["a"]), datasets.Value("string")
+    assert find_column(datasets.Features({"scan": image, "image": text}), "image") == "scan"
     assert find_column(datasets.Features({"coarse_label": classes, "fine_label": classes}), "label") == "fine_label"
     assert find_column(datasets.Features({"x": text, "target": text}), "label") == "target"
     assert find_column(datasets.Features({"x": text, "label": text}), "label", "x") == "x"
     with pytest.raises(ValueError, match=r"left \(Image\), right \(Image\): several could be the image; say which"):
-        find_column(datasets.Features({"left": picture, "right": picture}), "image")
+        find_column(datasets.Features({"left": image, "right": image}), "image")
     with pytest.raises(ValueError, match="none is clearly the label; say which with label_column="):
-        find_column(datasets.Features({"x": picture}), "label")
+        find_column(datasets.Features({"x": image}), "label")
     with pytest.raises(ValueError, match="label_column is 'y', but the columns are x"):
         find_column(datasets.Features({"x": classes}), "label", "y")
 
@@ -395,7 +395,7 @@ def test_a_stream_reads_images_inside_a_remote_archive(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("one.png", png(7))
-        archive.writestr("two.png", b"no picture")
+        archive.writestr("two.png", b"no image")
     found = [{"path": f"zip://{name}.png::{tmp_path}/a.zip", "bytes": None} for name in ("one", "two")]
     assert decode_images({"image": found[:1]})["image"][0].getpixel((0, 0)) == (7, 7, 7)
     with pytest.raises(ImageError, match=r"zip://two\.png::"):

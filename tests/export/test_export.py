@@ -50,7 +50,7 @@ def build(kind=HfViTForImageClassification, **fields):
     return randomised(kind(HfViTConfig(**{**TINY, **fields})))
 
 
-def pictures(height=32, width=32, number=2):
+def sample_images(height=32, width=32, number=2):
     return torch.randn(number, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -74,7 +74,7 @@ def test_transformers_opens_a_classifier_to_the_same_logits(tmp_path, fields):
     model = build(**fields, id2label={i: f"kind {i}" for i in range(5)})
     export_transformers(model, tmp_path / "out")
     theirs = ViTForImageClassification.from_pretrained(tmp_path / "out", local_files_only=True)
-    x = pictures(*fields.get("image_size", (32, 32)))
+    x = sample_images(*fields.get("image_size", (32, 32)))
     with torch.no_grad():
         assert_same(model(x).logits, theirs(x).logits)
     assert theirs.config.id2label == {i: f"kind {i}" for i in range(5)}
@@ -86,7 +86,7 @@ def test_transformers_opens_a_base_model_with_its_pooler(tmp_path):
     export_transformers(model, tmp_path / "out")
     theirs = ViTModel.from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        ours, others = model(pictures()), theirs(pictures())
+        ours, others = model(sample_images()), theirs(sample_images())
     assert_same(ours.last_hidden_state, others.last_hidden_state)
     assert_same(ours.pooler_output, others.pooler_output)
 
@@ -97,7 +97,7 @@ def test_transformers_opens_a_masked_image_model(tmp_path):
     theirs = ViTForMaskedImageModeling.from_pretrained(tmp_path / "out")
     mask = torch.arange(32).reshape(2, 16) % 3 == 0
     with torch.no_grad():
-        ours, others = model(pictures(), bool_masked_pos=mask), theirs(pictures(), bool_masked_pos=mask)
+        ours, others = model(sample_images(), bool_masked_pos=mask), theirs(sample_images(), bool_masked_pos=mask)
     assert_same(ours.reconstruction, others.reconstruction)
 
 
@@ -156,7 +156,7 @@ def test_timm_opens_a_classifier_to_the_same_logits(tmp_path, fields):
     model = build(**fields)
     export_timm(model, tmp_path / "out")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    x = pictures(*fields.get("image_size", (32, 32)))
+    x = sample_images(*fields.get("image_size", (32, 32)))
     with torch.no_grad():
         assert_same(model(x).logits, theirs(x))
 
@@ -169,7 +169,7 @@ def test_timm_opens_a_hybrid_to_the_same_logits(tmp_path, units):
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).double().eval()
     model.double()  # 50 random convolutions in a row: float32 rounds to 1e-5 where the numbers are equal
     with torch.no_grad():
-        assert_same(model(pictures().double()).logits, theirs(pictures().double()), tolerance=1e-9)
+        assert_same(model(sample_images().double()).logits, theirs(sample_images().double()), tolerance=1e-9)
 
 
 def test_timm_gets_classes_and_preprocessing(tmp_path):
@@ -223,7 +223,7 @@ def test_onnxruntime_computes_the_same_for_any_batch(tmp_path, fields, kind, out
     assert [output.name for output in session.get_outputs()] == outputs
     side = fields.get("image_size", 32)
     for number in (1, 2, 5):
-        x = pictures(side, side, number)
+        x = sample_images(side, side, number)
         got = session.run(None, {"pixel_values": x.numpy()})
         with torch.no_grad():
             expected = model(x)
@@ -239,7 +239,7 @@ def test_an_exported_program_computes_the_same_for_any_batch(tmp_path, fields):
     program = torch.export.load(tmp_path / "model.pt2").module()
     side = fields.get("image_size", 32)
     for number in (1, 3):
-        x = pictures(side, side, number)
+        x = sample_images(side, side, number)
         with torch.no_grad():
             assert_same(model.eval()(x).logits, program(x)[0])
 

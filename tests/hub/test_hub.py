@@ -52,7 +52,7 @@ def small(model_class=HfViTForImageClassification, fields=SMALL, **more):
     return model_class(HfViTConfig(**fields, **more)).eval()
 
 
-def picture() -> Image.Image:
+def sample_image() -> Image.Image:
     return Image.frombytes("RGB", (40, 30), bytes(value * 7 % 256 for value in range(40 * 30 * 3)))
 
 
@@ -104,8 +104,8 @@ backbone = AutoBackbone.from_pretrained("me/backbone", **remote).eval()
 base = AutoModel.from_pretrained("me/classifier", **remote).eval()
 backends = ("torchvision", "pil")
 processors = {b: AutoImageProcessor.from_pretrained("me/classifier", backend=b, **remote) for b in backends}
-picture = Image.open(sys.argv[1])
-pixels = {b: p(picture, return_tensors="pt").pixel_values for b, p in processors.items()}
+image = Image.open(sys.argv[1])
+pixels = {b: p(image, return_tensors="pt").pixel_values for b, p in processors.items()}
 seen = pixels["torchvision"]
 with torch.no_grad():
     outputs = {
@@ -118,7 +118,7 @@ with torch.no_grad():
         "pil": pixels["pil"],
     }
 save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, sys.argv[2])
-answers = pipeline("image-classification", model="me/classifier", **remote)(picture, top_k=2)
+answers = pipeline("image-classification", model="me/classifier", **remote)(image, top_k=2)
 try:
     import hf_vit
     importable = True
@@ -144,10 +144,10 @@ def elsewhere(tmp_path_factory):
             push(models[name], f"me/{name}", private=True)
         push(models["branch"], "me/classifier", revision="v2")
         huggingface_hub.close_session()
-        picture().save(home / "picture.png")
+        sample_image().save(home / "image.png")
         hub.requests.clear()
         hub.fault("/storage/", method="GET", drop_after=2000, times=2)
-        command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, home / "picture.png", home / "outputs.safetensors"]
+        command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, home / "image.png", home / "outputs.safetensors"]
         environment = hub.environment(home, token="hf_me")
         run = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
@@ -188,7 +188,8 @@ def test_a_backbone_and_a_base_model_come_back_with_their_features(elsewhere):
 
 def test_the_image_processor_comes_back_with_its_pixels_in_both_backends(elsewhere):
     models, outputs, _, _ = elsewhere
-    pixels = HfViTImageProcessor.for_model(models["classifier"].config)(picture(), return_tensors="pt").pixel_values
+    processor = HfViTImageProcessor.for_model(models["classifier"].config)
+    pixels = processor(sample_image(), return_tensors="pt").pixel_values
     assert torch.equal(outputs["torchvision"], pixels)
     torch.testing.assert_close(outputs["pil"], pixels, atol=1 / 255, rtol=0)
 

@@ -200,7 +200,7 @@ class Quantised(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError(function)
+        raise NotImplementedError(function)  # as classes that implement a few operations alone
 
 
 def test_a_quantised_tensor_is_finite_if_its_scale_is():

@@ -23,10 +23,10 @@ from hf_vit.training.trainer import HfViTTrainer
 
 WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_timeout": 60.0}
 CLASSES = 3
-PICTURES = 20  # with batches of 4: five steps an epoch
+NUM_IMAGES = 20  # with batches of 4: five steps an epoch
 
 
-def pictures(count: int = PICTURES) -> datasets.Dataset:
+def sample_images(count: int = NUM_IMAGES) -> datasets.Dataset:
     generator = np.random.default_rng(0)
     return datasets.Dataset.from_dict(
         {
@@ -38,7 +38,7 @@ def pictures(count: int = PICTURES) -> datasets.Dataset:
 
 
 def make_trainer(folder: Path, *, is_random: bool = True, **settings: Any) -> HfViTTrainer:
-    """A trainer of a tiny model on 20 pictures; augmentation, dropout and dropped paths can be switched off."""
+    """A trainer of a tiny model on 20 images; augmentation, dropout and dropped paths can be switched off."""
     defaults = {
         "max_steps": 12,
         "per_device_train_batch_size": 4,
@@ -70,8 +70,10 @@ def make_trainer(folder: Path, *, is_random: bool = True, **settings: Any) -> Hf
     return HfViTTrainer(
         model=HfViTForImageClassification(config),
         args=args,
-        train_dataset=AugmentedImages(pictures(), processor, augment=Augment() if is_random else None, seed=args.seed),
-        eval_dataset=AugmentedImages(pictures(6), processor),
+        train_dataset=AugmentedImages(
+            sample_images(), processor, augment=Augment() if is_random else None, seed=args.seed
+        ),
+        eval_dataset=AugmentedImages(sample_images(6), processor),
         data_collator=MixingCollator(CLASSES, args.mixup_alpha, seed=args.seed) if is_mixed else collate_images,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=summarize_logits,

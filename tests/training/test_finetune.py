@@ -58,9 +58,9 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture_folder(tmp_path_factory):
-    """Ten bright and ten dark pictures, in class folders."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    """Ten bright and ten dark images, in class folders."""
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for name, low in (("bright", 160), ("dark", 0)):
         (folder / name).mkdir()
@@ -90,10 +90,10 @@ def test_the_list_of_recipes_is_asked_for_by_name(argv, wanted):
     assert wants_recipes(argv) is wanted
 
 
-def test_fine_tuning_on_a_folder_leaves_a_model_that_pipeline_opens(model_folder, picture_folder, tmp_path):
+def test_fine_tuning_on_a_folder_leaves_a_model_that_pipeline_opens(model_folder, image_folder, tmp_path):
     result = run(
         f"--model_name_or_path={model_folder}",
-        f"--dataset={picture_folder}",
+        f"--dataset={image_folder}",
         f"--output_dir={tmp_path}",
         "--num_train_epochs=6",
         "--learning_rate=0.01",
@@ -110,17 +110,17 @@ def test_fine_tuning_on_a_folder_leaves_a_model_that_pipeline_opens(model_folder
     assert "adamw" in card
     accuracy = json.loads((tmp_path / "results.json").read_text())["eval_accuracy"]
     classify = pipeline("image-classification", model=str(tmp_path))
-    answers = [classify(str(picture_folder / name / "0.png"))[0]["label"] for name in ("bright", "dark")]
+    answers = [classify(str(image_folder / name / "0.png"))[0]["label"] for name in ("bright", "dark")]
     assert accuracy == 1.0
     assert answers == ["bright", "dark"]
 
 
 @pytest.mark.slow
 @pytest.mark.reliability(row="I03")
-def test_a_bad_image_is_named_before_anything_is_trained(model_folder, picture_folder, tmp_path):
-    broken = tmp_path / "pictures"
-    for path in picture_folder.rglob("*.png"):
-        copy = broken / path.relative_to(picture_folder)
+def test_a_bad_image_is_named_before_anything_is_trained(model_folder, image_folder, tmp_path):
+    broken = tmp_path / "images"
+    for path in image_folder.rglob("*.png"):
+        copy = broken / path.relative_to(image_folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes() if path.name != "3.png" else path.read_bytes()[:60])
     argv = (f"--model_name_or_path={model_folder}", f"--dataset={broken}", f"--output_dir={tmp_path / 'out'}")
@@ -138,14 +138,14 @@ def test_a_bad_image_is_named_before_anything_is_trained(model_folder, picture_f
 @pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
 @pytest.mark.parametrize("script", ["finetune_trainer", "finetune_accelerate"])
 def test_among_odd_files_all_images_are_trained_on_and_the_others_are_named(
-    script, model_folder, picture_folder, tmp_path, caplog
+    script, model_folder, image_folder, tmp_path, caplog
 ):
-    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    images, out = tmp_path / "images", tmp_path / "out"
     for good, among in (("bright", "odd"), ("dark", "even")):
-        shutil.copytree(picture_folder / good, pictures / among)
-    write_odd_files(pictures, READ_RIGHT | REFUSED)
+        shutil.copytree(image_folder / good, images / among)
+    write_odd_files(images, READ_RIGHT | REFUSED)
     main = run_path(str(SCRIPT.with_stem(script)))["main"]
-    flags = [f"--model_name_or_path={model_folder}", f"--dataset={pictures}", f"--output_dir={out}", "--use_cpu=true"]
+    flags = [f"--model_name_or_path={model_folder}", f"--dataset={images}", f"--output_dir={out}", "--use_cpu=true"]
     flags += ["--total_batch_size=1", "--per_device_train_batch_size=1", "--num_train_epochs=1", "--logging_steps=1"]
     with pytest.raises(ImageError, match="9 of 50 images cannot be read") as refusal:
         main(flags)
@@ -156,7 +156,7 @@ def test_among_odd_files_all_images_are_trained_on_and_the_others_are_named(
     with caplog.at_level(logging.WARNING):
         assert main([*flags, "--bad_images=skip", "--disable_tqdm=true"]) == 0
     assert {name for name in READ_RIGHT | REFUSED if f"/{name}: " in caplog.text} == set(REFUSED) - {"drawing.eps"}
-    splits = load_splits(str(pictures), bad_images="skip")
+    splits = load_splits(str(images), bad_images="skip")
     assert len(splits["train"]) + len(splits["test"]) == 20 + len(READ_RIGHT)
     history = json.loads((newest_complete_checkpoint(out) / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -165,9 +165,9 @@ def test_among_odd_files_all_images_are_trained_on_and_the_others_are_named(
     assert HfViTForImageClassification.from_pretrained(out).config.id2label == {0: "even", 1: "odd"}
 
 
-def prepared(model_folder, picture_folder, folder, *more: str):
+def prepared(model_folder, image_folder, folder, *more: str):
     """The task and trainer that the command makes of its flags."""
-    flags = [f"--model_name_or_path={model_folder}", f"--dataset={picture_folder}", f"--output_dir={folder}"]
+    flags = [f"--model_name_or_path={model_folder}", f"--dataset={image_folder}", f"--output_dir={folder}"]
     flags += ["--use_cpu=true", "--dataloader_num_workers=0", "--dataloader_persistent_workers=false"]
     flags += ["--save_strategy=no", "--eval_strategy=no", "--disable_tqdm=true", "--total_batch_size=8"]
     arguments = parse_arguments([*flags, "--per_device_train_batch_size=8", *more], "")
@@ -176,9 +176,9 @@ def prepared(model_folder, picture_folder, folder, *more: str):
     return task, make_trainer(task, arguments[-1])
 
 
-def test_layers_of_the_commands_optimizer_learn_at_powers_of_the_decay(model_folder, picture_folder, tmp_path):
+def test_layers_of_the_commands_optimizer_learn_at_powers_of_the_decay(model_folder, image_folder, tmp_path):
     flags = ["--recipe=modern", "--learning_rate=0.01", "--layer_decay=0.5"]
-    task, trainer = prepared(model_folder, picture_folder, tmp_path, *flags)
+    task, trainer = prepared(model_folder, image_folder, tmp_path, *flags)
     names = {id(parameter): name for name, parameter in task.model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
     assert rates.keys() == set(names.values())
@@ -188,15 +188,15 @@ def test_layers_of_the_commands_optimizer_learn_at_powers_of_the_decay(model_fol
         depth = int(block[1]) + 1 if block else 0 if ".embeddings." in name else layers + 1
         assert rate == pytest.approx(0.01 * 0.5 ** (layers + 1 - depth), rel=1e-12), name
     assert len(set(rates.values())) == layers + 2
-    _, plain = prepared(model_folder, picture_folder, tmp_path, *flags[:2], "--layer_decay=1")
+    _, plain = prepared(model_folder, image_folder, tmp_path, *flags[:2], "--layer_decay=1")
     assert {group["lr"] for group in plain.create_optimizer().param_groups} == {0.01}
 
 
-def test_mixup_of_the_command_mixes_pixels_and_labels_in_one_proportion(model_folder, picture_folder, tmp_path):
+def test_mixup_of_the_command_mixes_pixels_and_labels_in_one_proportion(model_folder, image_folder, tmp_path):
     flags = ["--recipe=modern", "--cutmix_alpha=0", "--mixup_alpha=0.8", "--label_smoothing_factor=0.1"]
     flags += ["--randaugment_layers=0", "--random_erasing=0", "--crop_scale=1", "--horizontal_flip=false"]
-    task, trainer = prepared(model_folder, picture_folder, tmp_path, *flags)
-    plain, _ = prepared(model_folder, picture_folder, tmp_path, *flags, "--mixup_alpha=0")
+    task, trainer = prepared(model_folder, image_folder, tmp_path, *flags)
+    plain, _ = prepared(model_folder, image_folder, tmp_path, *flags, "--mixup_alpha=0")
     samples = [task.train[index] for index in range(8)]
     mixed, alone = task.collator(samples), plain.collator(samples)
     pixels, labels = alone["pixel_values"].double(), nn.functional.one_hot(alone["labels"], 2).double()
@@ -217,9 +217,9 @@ def test_mixup_of_the_command_mixes_pixels_and_labels_in_one_proportion(model_fo
     assert not torch.equal(mixed["pixel_values"], alone["pixel_values"])  # the negative control: without it they are
 
 
-def test_the_averaged_weights_are_those_evaluated_and_exported(model_folder, picture_folder, tmp_path):
+def test_the_averaged_weights_are_those_evaluated_and_exported(model_folder, image_folder, tmp_path):
     flags = ["--recipe=adamw", "--max_steps=6", "--learning_rate=0.01", "--ema_decay=0.7"]
-    task, trainer = prepared(model_folder, picture_folder, tmp_path, *flags)
+    task, trainer = prepared(model_folder, image_folder, tmp_path, *flags)
     by_hand = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
 
     class Watch(TrainerCallback):
@@ -251,9 +251,9 @@ def test_the_averaged_weights_are_those_evaluated_and_exported(model_folder, pic
 
 
 @pytest.mark.slow
-def test_a_stream_trains_as_long_as_told_and_is_evaluated_whole(model_folder, picture_folder, tmp_path, capsys):
+def test_a_stream_trains_as_long_as_told_and_is_evaluated_whole(model_folder, image_folder, tmp_path, capsys):
     for script in ("finetune_trainer", "finetune_accelerate"):
-        flags = [f"--model_name_or_path={model_folder}", f"--dataset={picture_folder}", "--streaming=true"]
+        flags = [f"--model_name_or_path={model_folder}", f"--dataset={image_folder}", "--streaming=true"]
         flags += ["--max_steps=12", "--learning_rate=0.01", "--total_batch_size=4", "--per_device_train_batch_size=4"]
         flags += [f"--output_dir={tmp_path / script}", "--use_cpu=true", "--save_strategy=steps", "--save_steps=6"]
         flags += ["--eval_strategy=no", "--dataloader_num_workers=0", "--dataloader_persistent_workers=false"]
@@ -274,13 +274,13 @@ def test_a_stream_trains_as_long_as_told_and_is_evaluated_whole(model_folder, pi
     assert losses[0] == losses[1]
 
 
-def test_a_stream_without_a_length_of_training_is_refused(model_folder, picture_folder, tmp_path):
+def test_a_stream_without_a_length_of_training_is_refused(model_folder, image_folder, tmp_path):
     with pytest.raises(ValueError, match="max_steps"):
-        prepared(model_folder, picture_folder, tmp_path, "--streaming=true")
+        prepared(model_folder, image_folder, tmp_path, "--streaming=true")
 
 
-def test_a_dry_run_completes_the_folder_for_the_hub_and_sends_nothing(model_folder, picture_folder, tmp_path, capsys):
-    flags = [f"--model_name_or_path={model_folder}", f"--dataset={picture_folder}", f"--output_dir={tmp_path / 'out'}"]
+def test_a_dry_run_completes_the_folder_for_the_hub_and_sends_nothing(model_folder, image_folder, tmp_path, capsys):
+    flags = [f"--model_name_or_path={model_folder}", f"--dataset={image_folder}", f"--output_dir={tmp_path / 'out'}"]
     flags += ["--max_steps=2", "--total_batch_size=8", "--per_device_train_batch_size=8", "--save_strategy=no"]
     flags += ["--push_to_hub=true", "--hub_model_id=somebody/something", "--dry_run=true", "--use_cpu=true"]
     flags += ["--dataloader_num_workers=0", "--dataloader_persistent_workers=false"]
@@ -295,10 +295,10 @@ def test_a_dry_run_completes_the_folder_for_the_hub_and_sends_nothing(model_fold
 
 @pytest.mark.reliability(row="R10")
 @pytest.mark.slow
-def test_ctrl_c_leaves_the_last_checkpoint_loadable(picture_folder, model_folder, tmp_path):
+def test_ctrl_c_leaves_the_last_checkpoint_loadable(image_folder, model_folder, tmp_path):
     argv = [
         f"--model_name_or_path={model_folder}",
-        f"--dataset={picture_folder}",
+        f"--dataset={image_folder}",
         f"--output_dir={tmp_path}",
         "--max_steps=100000",
         "--eval_strategy=no",

@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A model without dropout, one with it, and 40 pictures to learn from, 21 held out: two ranks must fill up."""
+    """A model without dropout, one with it, and 40 images to learn from, 21 held out: two ranks must fill up."""
     root = tmp_path_factory.mktemp("parallel")
     for name, rate in (("model", 0.0), ("dropout", 0.2)):
         torch.manual_seed(0)
@@ -49,23 +49,23 @@ def root(tmp_path_factory) -> Path:
     generator = np.random.default_rng(0)
     for split, counts in (("train", (14, 13, 13)), ("test", (7, 5, 9))):
         for channel, (name, count) in enumerate(zip("abc", counts, strict=True)):
-            (root / "pictures" / split / name).mkdir(parents=True)
+            (root / "images" / split / name).mkdir(parents=True)
             for number in range(count):
                 pixels = generator.integers(0, 200, (9, 11, 3), dtype=np.uint8)
                 pixels[..., channel] += 40
-                PIL.Image.fromarray(pixels).save(root / "pictures" / split / name / f"{number}.png")
+                PIL.Image.fromarray(pixels).save(root / "images" / split / name / f"{number}.png")
     return root
 
 
 def case(root: Path, name: str, *more: str, model: str = "model", per_device: int = 8) -> dict:
-    """A training of 20 steps of 8 pictures by the script that the last word of its name says."""
+    """A training of 20 steps of 8 images by the script that the last word of its name says."""
     return {
         "name": name,
         "script": SCRIPTS[name.split("-")[-1]],
         "is_sharded": "fsdp" in name,
         "arguments": [
             f"--model_name_or_path={root / model}",
-            f"--dataset={root / 'pictures'}",
+            f"--dataset={root / 'images'}",
             f"--output_dir={root / name}",
             "--max_steps=20",
             "--total_batch_size=8",
@@ -180,7 +180,7 @@ def test_processes_sharding_and_accumulation_do_not_change_a_training(root):
 
 @pytest.mark.slow
 def test_two_processes_share_a_stream_and_evaluate_every_image_once(root, tmp_path):
-    """Each of the 40 pictures is one process's in an epoch, and an epoch is 5 steps of 2 x 4 pictures."""
+    """Each of the 40 images is one process's in an epoch, and an epoch is 5 steps of 2 x 4 images."""
     cases = [
         case(root, f"streamed-{script}", *SETTINGS["adamw"], "--streaming=true", "--shuffle_buffer=8", per_device=4)
         for script in SCRIPTS
@@ -196,7 +196,7 @@ def test_two_processes_share_a_stream_and_evaluate_every_image_once(root, tmp_pa
         orders = [[line.split()[1] for line in taken[0] if line.startswith(f"{epoch} ")] for epoch in (0, 1)]
         assert orders[0] != orders[1]
         results = json.loads((root / name / "results.json").read_text())
-        arguments = [f"--model_name_or_path={root / name}", f"--dataset={root / 'pictures'}", "--num_workers=0"]
+        arguments = [f"--model_name_or_path={root / name}", f"--dataset={root / 'images'}", "--num_workers=0"]
         assert load_example("eval").main([*arguments, f"--json={tmp_path / name}.json"]) == 0
         alone = json.loads((tmp_path / f"{name}.json").read_text())
         assert alone["num_samples"] == 21

@@ -18,7 +18,7 @@ from training_runs import (
     assert_equal,
     either_loop,
     make_trainer,
-    pictures,
+    sample_images,
     weights,
 )
 from transformers import set_seed
@@ -102,7 +102,7 @@ def test_another_seed_is_another_training(tmp_path):
     """The negative control: these trainings are random enough to tell."""
     one, other = make_trainer(tmp_path / "one"), make_trainer(tmp_path / "other")
     other.train_dataset = AugmentedImages(
-        pictures(), HfViTImageProcessor.for_model(other.model.config), augment=Augment(), seed=4
+        sample_images(), HfViTImageProcessor.for_model(other.model.config), augment=Augment(), seed=4
     )
     one.train()
     other.train()

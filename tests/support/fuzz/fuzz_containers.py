@@ -1,6 +1,6 @@
 """Mutational fuzzing of the reader of .npz and Flax msgpack files.
 
-    python tests/fuzz/fuzz_containers.py --inputs 100000 --seed 0
+    python tests/support/fuzz/fuzz_containers.py --inputs 100000 --seed 0
 
 Each input is a small valid file, mutated: bytes, cuts, copies, joins, tokens that headers are made of; for .npz also
 inside a member, under a correct checksum. Two outcomes are allowed: a `CheckpointError`, or arrays that are written
@@ -17,6 +17,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,19 +221,22 @@ def run(inputs: int, seed: int) -> Findings:
     return findings
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000)
+def main(
+    run: Callable[[int, int], Findings], name: str, description: str | None, *, inputs: int, slowest: float = 1.0
+) -> int:
+    """Fuzz as the command line says; return 1 if a promise was broken or an input took over `slowest` seconds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=inputs)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     findings = run(arguments.inputs, arguments.seed)
     print(f"{arguments.inputs} inputs: {dict(findings.outcomes)}, slowest {findings.slowest * 1000:.0f} ms")
     for index, (what, content) in enumerate(findings.failures):
-        kept = Path(tempfile.gettempdir()) / f"fuzz_containers_{arguments.seed}_{index}"
+        kept = Path(tempfile.gettempdir()) / f"{name}_{arguments.seed}_{index}"
         kept.write_bytes(content)
         print(f"{kept}: {what}")
-    return int(bool(findings.failures) or findings.slowest > 1.0)
+    return int(bool(findings.failures) or findings.slowest > slowest)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, "fuzz_containers", __doc__, inputs=100_000))

@@ -1,6 +1,6 @@
 """Mutational fuzzing of what `from_pretrained` reads: safetensors, shard indexes, configurations, state dicts.
 
-    python tests/fuzz/fuzz_loader.py --inputs 40000 --seed 0
+    python tests/support/fuzz/fuzz_loader.py --inputs 40000 --seed 0
 
 Each input is one file of a sound folder, mutated: bytes, cuts, copies, tokens; in JSON also values. A file of weights
 goes through the reader of such files, one input in four through the whole of `from_pretrained`. Two outcomes are
@@ -8,7 +8,6 @@ allowed: a `CheckpointError`, or finite weights that are written and read again 
 anything else happens (such an input is kept) or one takes over a second.
 """
 
-import argparse
 import copy
 import json
 import random
@@ -31,8 +30,8 @@ from hf_vit.files.errors import CheckpointError
 from hf_vit.files.torch_files import open_tensors
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from fuzz.fuzz_containers import Findings, mutate, same_bits
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fuzz.fuzz_containers import Findings, main, mutate, same_bits
 
 
 TINY: dict[str, Any] = {
@@ -189,19 +188,5 @@ def run(inputs: int, seed: int) -> Findings:
     return findings
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=40_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    findings = run(arguments.inputs, arguments.seed)
-    print(f"{arguments.inputs} inputs: {dict(findings.outcomes)}, slowest {findings.slowest * 1000:.0f} ms")
-    for index, (what, content) in enumerate(findings.failures):
-        kept = Path(tempfile.gettempdir()) / f"fuzz_loader_{arguments.seed}_{index}"
-        kept.write_bytes(content)
-        print(f"{kept}: {what}")
-    return int(bool(findings.failures) or findings.slowest > 1.0)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, "fuzz_loader", __doc__, inputs=40_000))
