@@ -467,7 +467,7 @@ class _Protocols(BaseImageProcessor):
 
     def _antialiased(self, image: torch.Tensor, height: int, width: int, resample: PILImageResampling) -> torch.Tensor:
         """Return (C, height, width) in the dtype of `image`, resized by the backend's own filter."""
-        raise NotImplementedError
+        raise NotImplementedError  # the two classes below differ in this alone
 
 
 def _warn_of_scaled(pixels: torch.Tensor) -> None:

@@ -117,7 +117,7 @@ def load_splits(
         require_train: False accepts a dataset that has nothing but a held-out part; implied by `split`.
     Raises:
         ImageError: if images cannot be read and `bad_images` is `fail`.
-        ValueError: if there is no such dataset, or its splits, columns or labels leave a question open.
+        ValueError: if there is no such dataset, or its splits, columns or labels are ambiguous.
     """
     _check_choices(bad_images=bad_images, check_images=check_images, split=split)
     for_training = split in (None, "train")

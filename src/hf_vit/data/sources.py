@@ -38,7 +38,7 @@ def open_source(
     """Return the parts of a dataset by split.
 
     Raises:
-        ValueError: if there is no such dataset, or it leaves a question open.
+        ValueError: if there is no such dataset, or its layout is ambiguous.
     """
     path = Path(dataset).expanduser()
     loading = {"streaming": streaming, "cache_dir": cache_dir}
